@@ -1,0 +1,73 @@
+"""matmul: the product the whole model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinygpt.ir.core import Op, Value
+from tinygpt.ir.index import Index, ceil_div
+from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, register
+from tinygpt.ir.tile import Position, Readers, TileBuilder, Writers
+from tinygpt.ir.types import TensorType
+
+
+@register
+class Matmul(GraphOp):
+    """a @ b over the last two axes: [..., m, k] @ [k, n] or [..., m, k] @ [..., k, n] with equal leading axes."""
+
+    name = "matmul"
+    pattern = "contraction"
+
+    def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+        a, b = types
+        if a.rank < 2 or b.rank < 2:
+            raise ValueError(f"operands need two axes, {a} @ {b}")
+        if a.shape[-1] != b.shape[-2]:
+            raise ValueError(f"inner dims differ, {a} @ {b}")
+        if b.rank > 2 and a.shape[:-2] != b.shape[:-2]:
+            raise ValueError(f"leading axes differ, {a} @ {b}")
+        return (TensorType(a.dtype, (*a.shape[:-1], b.shape[-1])),)
+
+    def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
+        return (operands[0] @ operands[1],)
+
+    def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
+        grad, (a, b) = grads[0], op.operands
+        if grad is None:
+            return [None, None]
+        da = g("matmul", grad, _swapped(g, b))
+        if b.type.rank == 2 and a.type.rank > 2:
+            k, n = b.type.shape
+            a = g("reshape", a, shape=(a.type.size // k, k))
+            grad = g("reshape", grad, shape=(grad.type.size // n, n))
+        return [da, g("matmul", _swapped(g, a), grad)]
+
+    def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
+        a, b = read
+        *batch, rows, inner = a.type.shape
+        columns = b.type.shape[-1]
+        block_rows, block_columns, block_inner = k.order["tile"]
+        lead: list[Position] = [k.grid(n) for n in batch]
+        column_block = k.grid(ceil_div(columns, block_columns))
+        row_block = k.grid(ceil_div(rows, block_rows))
+        i = k.dim("i", row_block * block_rows, block_rows, rows)
+        j = k.dim("j", column_block * block_columns, block_columns, columns)
+        lead_b = lead if len(b.type.shape) > 2 else []
+
+        def body(n: Index, acc: Value) -> list[Value]:
+            d = k.dim("k", n * block_inner, block_inner, inner)
+            return [k.dot(acc, a(*lead, i, d, rows=i, cols=d), b(*lead_b, d, j, rows=d, cols=j))]
+
+        (acc,) = k.loop(0, ceil_div(inner, block_inner), [k.fill(0.0, i, j)], body)
+        write[0](acc, *lead, i, j, rows=i, cols=j)
+
+    def examples(self) -> Sequence[Example]:
+        shapes = [((5, 7), (7, 9)), ((130, 70), (70, 65)), ((2, 3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5))]
+        return [Example((TensorType("f32", a), TensorType("f32", b))) for a, b in shapes]
+
+
+def _swapped(g: GraphBuilder, x: Value) -> Value:
+    rank = x.type.rank
+    return g("transpose", x, perm=(*range(rank - 2), rank - 1, rank - 2))

@@ -1,0 +1,248 @@
+"""The cpu loop strategy: a tile kernel becomes vector loops for one profile (C++ and WebAssembly).
+
+A block of tile ops is cut at its dots and loops. A `dot` is a register-blocked nest (lowering/cpu_dot.py); what lies
+between is a segment, in which pointwise chains and reductions fuse into loops over rows and vectors of columns
+(lowering/cpu_segment.py). Values that cross from one to the next live in the thread's scratch memory. Here: the blocks,
+the loops, the grid, and which value is stored where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tinygpt.ir.caps import Caps
+from tinygpt.ir.core import Kernel, Op, Region, Value, uses
+from tinygpt.ir.index import Index
+from tinygpt.ir.loop import LoopBuilder
+from tinygpt.ir.tile import STRUCTURAL
+from tinygpt.ir.types import Dim, PointerType, TileType
+from tinygpt.lowering.cpu_dot import DotLowering
+from tinygpt.lowering.cpu_segment import SegmentLowering
+
+LAZY = ("load", "gather", "fill", "iota", "position")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tile value in memory: element (r, c) of the tile at pointer + (r - first_row)*rows + (c - first_col)*cols."""
+
+    pointer: Value
+    rows: int
+    cols: int
+    first_row: Index = Index.of(0)
+    first_col: Index = Index.of(0)
+
+
+def lower(kernel: Kernel, caps: Caps) -> Kernel:
+    """One kernel as a loop-level kernel over flattened grid points lo..hi."""
+    return CpuLowering(kernel, caps).lowered()
+
+
+class CpuLowering(DotLowering, SegmentLowering):
+    """The state of lowering one kernel: the builder, where values are, and what tile-level indices are called here."""
+
+    def __init__(self, kernel: Kernel, caps: Caps) -> None:
+        self.kernel, self.caps = kernel, caps
+        self.lanes = caps.lanes
+        self.logical_lanes = kernel.order.get("lanes", caps.lanes)
+        self.b = LoopBuilder()
+        self.indices: dict[str, Index] = {}
+        self.stored: dict[Value, Stored] = {}
+        self.panels: dict[Value, Value] = {}
+        self.row_panels: dict[Value, Value] = {}
+        self.wanted: dict[Value, Stored] = {}
+        self.blocks: set[Value] = set()
+        self.readers = uses(kernel.body)
+        self.makers = {r: op for op in kernel.body.walk() for r in op.results}
+        self.buffers = {v: Value(PointerType(v.type.dtype, "buffer"), v.hint) for v in kernel.params}
+
+    def lowered(self) -> Kernel:
+        """Loops over the grid: all axes but the last outside, where panels that do not vary along the last are packed."""
+        names = list(self.kernel.grid)
+        last = names[-1] if names and self.kernel.grid[names[-1]] > 1 else ""
+        extent = self.kernel.grid[last] if last else 1
+        steady = [op for op in self.kernel.body.ops if last and self.is_panel(op) and last not in self.varies(op)]
+        low, high = Index.variable("lo"), Index.variable("hi")
+
+        def outer(o: Index) -> None:
+            rest = o
+            for name in reversed(names[:-1] if last else names):
+                self.indices[name] = rest % self.kernel.grid[name]
+                rest = rest // self.kernel.grid[name]
+            for op in steady:
+                self.pack(op)
+            if last:
+                self.b.loop(Index.maximum(0, low - o * extent), Index.minimum(extent, high - o * extent), 1, point, stem="g")
+            else:
+                self.block(self.kernel.body.ops)
+
+        def point(g: Index) -> None:
+            self.indices[last] = g
+            self.block([op for op in self.kernel.body.ops if op not in steady])
+
+        self.b.loop(low // extent, (high + (extent - 1)) // extent, 1, outer, stem="o")
+        params = tuple(self.buffers[v] for v in self.kernel.params)
+        extents = tuple(v.type.size for v in self.kernel.params)
+        return replace(self.kernel, body=Region(params, self.b.finish()), cost={**self.kernel.cost, "extents": extents}, level="loop")
+
+    # -- facts
+    def is_panel(self, op: Op) -> bool:
+        """Whether a load is packed into panels for a product."""
+        return op.name == "load" and (self.is_operand(op.result, 2) or (self.caps.panel_rows and self.is_operand(op.result, 1)))
+
+    def varies(self, op: Op) -> frozenset[str]:
+        """The grid ids and loop variables a load's address depends on."""
+        names = op.attrs["base"].variables()
+        for dim in op.results[0].type.dims:
+            names |= dim.start.variables() if dim else frozenset()
+        return names
+
+    def at(self, index: Index | int) -> Index:
+        """A tile-level index expression in terms of the loop level's variables."""
+        return Index.of(index).substitute(self.indices)
+
+    def live(self, dim: Dim | None) -> Index:
+        """How many elements of an axis are inside it, at this grid point."""
+        return Index.of(1) if dim is None else self.at(dim.live)
+
+    def is_lazy(self, value: Value) -> bool:
+        """Whether a value is recomputed where it is read: loads, fills, indices, and pointwise ops of the latter."""
+        op = self.makers.get(value)
+        if op is None:
+            return False
+        if op.name in LAZY:
+            return True
+        return op.name not in STRUCTURAL and all(self.makers.get(v) is not None and self.makers[v].name in LAZY[2:] for v in op.operands)
+
+    # -- storage
+    def padded_columns(self, dim: Dim | None) -> int:
+        panel = self.caps.register_tile[1] * self.lanes
+        return -(-dim.size // panel) * panel if dim else 1
+
+    def new_storage(self, type: TileType, hint: str = "tile") -> Stored:
+        """Scratch for a tile; rows are padded to whole panels so that vector code may run over their ends."""
+        rows, cols = type.dims
+        width = self.padded_columns(cols)
+        height = rows.size if rows else 1
+        pointer = self.b.scratch(height * width, "f32" if type.dtype == "bool" else type.dtype, hint)
+        if cols is None:
+            return Stored(pointer, 1 if rows else 0, 0)
+        return Stored(pointer, width if rows else 0, 1)
+
+    def block_storage(self, pointer: Value, pitch: int, row: Index, col: Index) -> Stored:
+        """A finished register block, as the part of its tile that it is."""
+        return Stored(pointer, pitch, 1, row, col)
+
+    # -- blocks
+    def block(self, ops: Sequence[Op], wanted: dict[Value, Stored] | None = None) -> None:
+        """Lower ops in order: runs of pointwise ops and reductions as segments, dots and loops one by one."""
+        if wanted:
+            self.want(ops, wanted)
+        pending: list[Op] = []
+        axis: int | None = None
+        i = 0
+        while i < len(ops):
+            op = ops[i]
+            if op.name == "dot":
+                self.segment(pending)
+                pending, axis = [], None
+                epilogue = self.epilogue_of(op, ops[i + 1 :])
+                self.dot(op, epilogue)
+                i += len(epilogue)
+            elif op.name == "for":
+                self.segment(pending)
+                pending, axis = [], None
+                self.for_loop(op)
+            elif self.is_panel(op):
+                self.pack(op)
+            else:
+                if op.name == "reduce":
+                    if axis is not None and axis != op.attrs["axis"]:
+                        self.segment(pending)
+                        pending = []
+                    axis = op.attrs["axis"]
+                pending.append(op)
+            i += 1
+        self.segment(pending)
+
+    def want(self, ops: Sequence[Op], wanted: dict[Value, Stored]) -> None:
+        """Note where results should be computed to; a dot passes the wish on to its accumulator."""
+        self.wanted.update(wanted)
+        for op in reversed(ops):
+            if op.name == "dot" and op.result in self.wanted and not self.is_lazy(op.operands[0]):
+                self.wanted.setdefault(op.operands[0], self.wanted[op.result])
+
+    def epilogue_of(self, dot: Op, rest: Sequence[Op]) -> list[Op]:
+        """The pointwise ops and stores behind a dot that can run on each register block as it is finished."""
+        segment: list[Op] = []
+        if self.start_value(dot.operands[0]) is None:
+            return []
+        for op in rest:
+            if op.name in ("dot", "for", "reduce") or self.is_panel(op):
+                break
+            segment.append(op)
+        inside = set(segment)
+        readers = self.readers.get(dot.result, [])
+        leaves = any(u not in inside for op in segment for r in op.results for u in self.readers.get(r, []) if not self.is_lazy(r))
+        turned = any(op.name == "store" and op.operands[1].type.cols is not None and op.attrs["strides"][1] != 1 for op in segment)
+        turned = turned or any(self.is_turned(v) for op in segment for v in op.operands)
+        stores = [op for op in segment if op.name == "store"]
+        same = all(op.operands[1].type.dims == dot.result.type.dims for op in stores)
+        if dot.result in self.wanted or leaves or turned or not stores or not same or any(u not in inside for u in readers):
+            return []
+        return segment
+
+    # -- loops
+    def for_loop(self, op: Op) -> None:
+        """A loop with carried tiles: each lives in scratch, and its next value is computed over it where that is safe."""
+        (body,) = op.regions
+        homes = []
+        for param, start in zip(body.args, op.operands, strict=True):
+            home = self.stored.get(start)
+            if home is None or self.readers.get(start, []) != [op] or not self.is_result_of_loop(start):
+                home = self.new_storage(param.type, "carried")
+                self.copies([(start, home)])
+            homes.append(home)
+            self.stored[param] = home
+        positions = self.positions(body)
+        wanted, late = {}, []
+        for param, result, home in zip(body.args, body.yields, homes, strict=True):
+            first = result
+            while first in self.makers and self.makers[first].name == "dot" and self.makers[first].operands[0] is not param:
+                first = self.makers[first].operands[0]
+            maker = self.makers.get(first)
+            readers = [u for u in self.readers.get(param, []) if u in positions]
+            if maker in positions and result is not param and all(positions[u] <= positions[maker] for u in readers) and result not in wanted:
+                wanted[result] = home
+            else:
+                late.append((result, home))
+
+        def trip(n: Index) -> None:
+            self.indices[op.attrs["var"]] = n
+            self.block(body.ops, wanted)
+            self.copies([(result, home) for result, home in late if self.stored.get(result) != home])
+
+        self.b.loop(self.at(op.attrs["lo"]), self.at(op.attrs["hi"]), 1, trip, stem="n")
+        self.stored.update(zip(op.results, homes, strict=True))
+
+    def is_result_of_loop(self, value: Value) -> bool:
+        return self.makers[value].name == "for"
+
+    def positions(self, body: Region) -> dict[Op, int]:
+        """In which segment, dot or loop of the body each op runs."""
+        found, at = {}, 0
+        axis: int | None = None
+        for op in body.ops:
+            if op.name in ("dot", "for"):
+                at, axis = at + 1, None
+                found[op] = at
+                at += 1
+                continue
+            if op.name == "reduce":
+                if axis is not None and axis != op.attrs["axis"]:
+                    at += 1
+                axis = op.attrs["axis"]
+            found[op] = at
+        return found
+
+

@@ -1,0 +1,295 @@
+"""fuse: gather ops into groups, each of which becomes one kernel.
+
+A group has at most one product or attention as its root, pointwise ops before it (computed operands) and behind it
+(epilogue); or row programs over the same rows with the pointwise ops around them; or column sums over the same matrix;
+or pointwise ops alone. Views stay outside: they are addresses. Groups are numbered in the order in which they will run,
+and an op may join a group only if everything else it reads comes from groups before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from tinygpt.ir.caps import Caps
+from tinygpt.ir.core import Function, Module, Op, Region, Rewriter, Value
+from tinygpt.ir.ops import OPS
+from tinygpt.lowering.passes import Pass, register
+
+
+RECENT = 4  # groups: an epilogue joins one of the last few, a value needed much later is computed much later
+
+
+@dataclass(eq=False)
+class Group:
+    """A group being built. `space` is the index space its pointwise ops run over; `kind` its root's kind."""
+
+    kind: str
+    space: tuple[int, ...]
+    ops: list[Op] = field(default_factory=list)
+    order: float = 0.0
+
+
+@register
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Replace the ops of every function by `group` ops with a region, in the order in which kernels will run."""
+
+    name = "fuse"
+    max_inputs: int = 12  # buffers a group may read: a binding each on a GPU
+
+    def run(self, module: Module, caps: Caps) -> Module:
+        inputs = min(self.max_inputs, caps.bindings - 3) if caps.bindings else self.max_inputs
+        return module.map_functions(lambda f: Fusion(f, inputs).fused())
+
+
+class Fusion:
+    """The state of fusing one function."""
+
+    def __init__(self, function: Function, max_inputs: int) -> None:
+        self.function, self.max_inputs = function, max_inputs
+        self.made = {r: op for op in function.body.ops for r in op.results}
+        self.users: dict[Value, list[Op]] = {}
+        for op in function.body.ops:
+            for v in op.operands:
+                self.users.setdefault(v, []).append(op)
+        self.group_of: dict[Value, Group] = {}
+        self.groups: list[Group] = []
+        self.pending: dict[Value, Op] = {}  # pointwise ops that wait to be computed where they are read
+
+    def fused(self) -> Function:
+        kept = set(self.function.body.yields) | set(self.function.updates.values())
+        for op in self.function.body.ops:
+            kind = OPS[op.name].kind
+            if kind == "view" or is_source(op):
+                continue
+            if kind == "pointwise":
+                self.place_pointwise(op, op.result in kept)
+            else:
+                self.place_root(op, kind)
+        for op in list(self.pending.values()):
+            self.materialize(op)
+        return self.emit()
+
+    # -- where a value comes from
+    def origin(self, value: Value) -> Value:
+        """The value behind a chain of views (a concat or pack stays: it has several origins)."""
+        op = self.made.get(value)
+        while op is not None and OPS[op.name].kind == "view" and len(op.operands) == 1:
+            value = op.operands[0]
+            op = self.made.get(value)
+        return value
+
+    def sources(self, value: Value) -> list[Value]:
+        """All values behind a value's views."""
+        value = self.origin(value)
+        op = self.made.get(value)
+        if op is not None and OPS[op.name].kind == "view":
+            return [s for v in op.operands for s in self.sources(v)]
+        return [value]
+
+    def settle(self, op: Op) -> None:
+        """Give every waiting value that an op reads through a view a group of its own; direct operands are computed in place."""
+        for v in op.operands:
+            if v in self.pending:
+                self.settle(self.pending[v])
+                continue
+            for source in self.sources(v):
+                if source in self.pending:
+                    self.materialize(self.pending[source])
+
+    def latest(self, op: Op, without: Group | None = None) -> float:
+        """The order of the last group an op reads from, itself or through operands that wait to be computed in it."""
+        last = -1.0
+        for source in (s for v in op.operands for s in self.sources(v)):
+            if source in self.pending:
+                last = max(last, self.latest(self.pending[source], without))
+            elif source in self.group_of and self.group_of[source] is not without:
+                last = max(last, self.group_of[source].order)
+        return last
+
+    def inputs(self, ops: list[Op]) -> int:
+        inside = {r for op in ops for r in op.results}
+        return len({self.origin(v) for op in ops for v in op.operands if v not in inside and not constant_source(self.made, v)})
+
+    # -- placing ops
+    def add(self, group: Group, op: Op) -> None:
+        for v in op.operands:
+            if v in self.pending:  # computed here
+                inner = self.pending.pop(v)
+                self.add(group, inner)
+        group.ops.append(op)
+        self.group_of.update((r, group) for r in op.results)
+
+    def materialize(self, op: Op) -> None:
+        """A pointwise op becomes a group of its own."""
+        self.pending.pop(op.result, None)
+        self.settle(op)
+        self.new_group("pointwise", op.result.type.shape, op)
+
+    def new_group(self, kind: str, space: tuple[int, ...], op: Op) -> Group:
+        group = Group(kind, space, order=float(len(self.groups)))
+        self.groups.append(group)
+        self.add(group, op)
+        return group
+
+    def place_pointwise(self, op: Op, is_result: bool) -> None:
+        host = self.host_for(op)
+        computable = not is_result and self.is_computed_operand(op)
+        summed = computable and OPS[self.users[op.result][0].name].kind == "columns"
+        if host is not None and self.inputs([*host.ops, op]) <= self.max_inputs and not summed:
+            self.add(host, op)
+            return
+        if computable:
+            self.pending[op.result] = op
+            return
+        self.settle(op)
+        self.new_group("pointwise", op.result.type.shape, op)
+
+    def host_for(self, op: Op) -> Group | None:
+        """The group whose epilogue can compute the op: the last one it reads from, or one that reads the same operands."""
+        shape = op.result.type.shape
+        if any(s in self.pending for v in op.operands if v not in self.pending for s in self.sources(v)):
+            return None
+        direct = [self.group_of[v] for v in self.read_through(op) if v in self.group_of]
+        siblings = [
+            g for g in reversed(self.groups[-8:]) if op.operands and any(op.operands[0] in o.operands and OPS[o.name].kind == "pointwise" for o in g.ops)
+        ]
+        for group in sorted(set(direct), key=lambda g: -g.order) + siblings:
+            if not self.is_stale(group) and self.fits(group, shape, op) and self.latest(op, without=group) < group.order:
+                return group
+        return None
+
+    def read_through(self, op: Op) -> list[Value]:
+        """The operands of an op and of the waiting ops among them."""
+        found = []
+        for v in op.operands:
+            found += self.read_through(self.pending[v]) if v in self.pending else [v]
+        return found
+
+    def is_stale(self, group: Group) -> bool:
+        """Whether so much ran since a group that what is computed there now would have to be kept for long."""
+        return group.order < len(self.groups) - RECENT
+
+    def fits(self, group: Group, shape: tuple[int, ...], op: Op) -> bool:
+        if group.kind == "columns":
+            return False
+        produced = {r for o in group.ops for r in o.results}
+        through_view = any(v not in produced and any(s in produced for s in self.sources(v)) for v in self.read_through(op))
+        if through_view:
+            return False
+        if group.kind == "rows":
+            return shape in (group.space, group.space[:-1])
+        return shape == group.space
+
+    def is_computed_operand(self, op: Op) -> bool:
+        """Whether every reader can compute the op for itself while it reads: row programs, column sums and pointwise ops."""
+        readers = self.users.get(op.result, [])
+        return len(readers) == 1 and OPS[readers[0].name].kind in ("rows", "columns", "pointwise") and self.reads_plainly(op, readers[0])
+
+    def reads_plainly(self, op: Op, reader: Op) -> bool:
+        if OPS[reader.name].kind == "pointwise":
+            return op.result.type.shape in ((), reader.result.type.shape)
+        return op.result.type.shape == reader.operands[0].type.shape
+
+    def place_root(self, op: Op, kind: str) -> None:
+        self.settle(op)
+        if kind == "rows":
+            space = op.operands[0].type.shape if op.operands[0].type.rank >= max(r.type.rank for r in op.results) else op.result.type.shape
+            before = [self.group_of[v] for v in op.operands if v in self.group_of]
+            for group in sorted(set(before), key=lambda g: -g.order):
+                joined = [*group.ops, op]
+                if group.kind == "rows" and group.space == space and self.latest(op, without=group) < group.order and self.inputs(joined) <= self.max_inputs:
+                    self.add(group, op)
+                    return
+            self.new_group("rows", space, op)
+        elif kind == "columns":
+            self.place_column_sum(op)
+        else:
+            self.new_group(kind, op.results[0].type.shape, op)
+
+    def place_column_sum(self, op: Op) -> None:
+        """Column sums that share an operand share a kernel: the earlier group moves behind the later one's operands."""
+        reads = self.reads_of(op)
+        for group in self.groups[-6:]:
+            if group.kind != "columns" or group.space != op.operands[0].type.shape:
+                continue
+            if not reads & {s for o in group.ops for s in self.reads_of(o)} or self.inputs([*group.ops, op]) > self.max_inputs:
+                continue
+            if self.latest(op) < group.order:
+                self.add(group, op)
+                return
+        self.new_group("columns", op.operands[0].type.shape, op)
+
+    def reads_of(self, op: Op) -> set[Value]:
+        found: set[Value] = set()
+        for v in op.operands:
+            source = self.origin(v)
+            inner = self.pending.get(source) or (self.made.get(source) if source in self.group_of and self.group_of[source].kind == "columns" else None)
+            found |= self.reads_of(inner) if inner else {source}
+        return found
+
+    # -- the fused function
+    def emit(self) -> Function:
+        r = Rewriter()
+        emitted: set[Op] = set()
+
+        def need(value: Value) -> None:
+            op = self.made.get(value)
+            if op is None or op in emitted or value in self.group_of:
+                return
+            emitted.add(op)
+            for v in op.operands:
+                need(v)
+            r.clone(op)
+
+        results = set(self.function.body.yields) | set(self.function.updates.values())
+        for group in sorted(self.groups, key=lambda g: g.order):
+            self.emit_group(r, group, need, results)
+        for v in results:
+            need(v)
+        body = replace(self.function.body, ops=tuple(r.ops), yields=tuple(r.get(v) for v in self.function.body.yields))
+        return replace(self.function, body=body, updates={n: r.get(v) for n, v in self.function.updates.items()})
+
+    def emit_group(self, r: Rewriter, group: Group, need: object, results: set[Value]) -> None:
+        assert callable(need)
+        inner, operands = Rewriter(), []
+        args: list[Value] = []
+
+        def enter(value: Value) -> None:
+            """Bring an outside value in: a constant as a copy of what makes it, anything else as an argument."""
+            if value in inner.mapping:
+                return
+            op = self.made.get(value)
+            if op is not None and constant_source(self.made, value):
+                for v in op.operands:
+                    enter(v)
+                inner.clone(op)
+                return
+            need(value)
+            arg = Value(value.type, value.hint)
+            inner.mapping[value] = arg
+            args.append(arg)
+            operands.append(r.get(value))
+
+        for op in group.ops:
+            for v in op.operands:
+                enter(v)
+            inner.clone(op)
+        used_outside = [v for op in group.ops for v in op.results if v in results or any(u not in group.ops for u in self.users.get(v, []))]
+        yields = tuple(inner.get(v) for v in used_outside)
+        region = Region(tuple(args), tuple(inner.ops), yields)
+        new = tuple(Value(v.type, v.hint) for v in used_outside)
+        root = next((op for op in group.ops if OPS[op.name].kind != "pointwise"), group.ops[0])
+        r.ops.append(Op("group", tuple(operands), new, {"kind": group.kind}, (region,), root.loc))
+        r.mapping.update(zip(used_outside, new, strict=True))
+
+
+def is_source(op: Op) -> bool:
+    return OPS[op.name].kind == "pointwise" and not op.operands
+
+
+def constant_source(made: dict[Value, Op], value: Value) -> bool:
+    """Whether a value follows from constants and indices alone through views and sources."""
+    op = made.get(value)
+    if op is None:
+        return False
+    return is_source(op) or (OPS[op.name].kind == "view" and all(constant_source(made, v) for v in op.operands))

@@ -1,0 +1,256 @@
+"""Products in the gpu strategy: operands go through workgroup memory in slices of the contraction.
+
+Both operands lie there k-major: the left one as [k][row], the right one as [k][column], so that a thread reads vectors
+of four consecutive rows and columns and adds their outer product to its register block. A free operand is computed
+while it is staged, slice by slice; where its elements lie one after another along k in memory, squares of four by four
+are transposed in registers. A placed operand, a product's result say, is written whole by the threads that hold it.
+Rows and columns of outputs beyond their axis may hold anything, as they are never stored; beyond the end of the
+contraction operands are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import gcd
+
+from tinygpt.ir.core import Op, Value
+from tinygpt.ir.index import Index, ceil_div
+from tinygpt.ir.types import Dim
+from tinygpt.lowering.gpu_memory import Piece, WorkgroupLowering
+from tinygpt.lowering.gpu_values import WIDTH
+
+SLICE = 16  # of the contraction, staged at a time
+UNROLL = 4  # of the contraction loop
+FETCHED_AHEAD = 8  # vectors of the next slice a thread holds while it works on this one
+UNROLLED_COPIES = 4  # vectors of a slice a thread copies without a loop
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An operand in workgroup memory: element (k, x) at k*pitch + x. `whole`: all of the contraction, not a slice."""
+
+    value: Value
+    piece: Piece
+    pitch: int
+    dim: Dim  # the axis that is not contracted
+    axis: int  # which axis of the operand that is
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Copy:
+    """How a slice reaches workgroup memory: in units of one vector along the output, or, `turned`, of squares of four
+    vectors along the contraction. `across` of them lie side by side along the output."""
+
+    turned: bool
+    across: int
+    units: int
+
+
+class DotLowering(WorkgroupLowering):
+    """Lowers products."""
+
+    def dot(self, op: Op) -> None:
+        """acc + a @ b into the register block of the result."""
+        acc, a, b = op.operands
+        (rows, inner), cols = a.type.dims, b.type.cols
+        depth = slice_depth(self.kernel.cost.get("slice", SLICE), inner)
+        slices = ceil_div(inner.size, depth)
+        left = self.operand(a, 0, rows, depth, slices)
+        right = self.operand(b, 1, cols, depth, slices)
+        for operand in (left, right):
+            if operand.whole:
+                self.write_whole(operand, inner, depth * slices)
+        keys = self.keys(op.result.type)
+        starts = [self.vector(acc, key) for key in keys]
+        streamed = [operand for operand in (left, right) if not operand.whole]
+        ahead = [operand for operand in streamed if slices > 1 and self.can_fetch_ahead(operand, inner, depth)]
+
+        def fetched(s: Index) -> list[Value]:
+            return [x for operand in ahead for x in self.fetch(operand, inner, s * depth, depth)]
+
+        def one(s: Index, *carried: Value) -> Sequence[Value]:
+            sums, mine = carried[: len(keys)], list(carried[len(keys) :])
+            for operand in streamed:
+                if operand in ahead:
+                    mine = self.commit(operand, inner, depth, mine)
+                else:
+                    self.stage(operand, inner, s * depth, depth)
+            self.will_read(left.piece, right.piece)
+            following = fetched(Index.minimum(s + 1, slices - 1))
+            firsts = [s * depth if operand.whole else Index.of(0) for operand in (left, right)]
+            return [*self.products(left, right, firsts, depth, sums), *following]
+
+        results = self.loop(0, slices, 1, one, [*starts, *fetched(Index.of(0))], stem="s")
+        self.registers[op.result] = dict(zip(keys, results, strict=False))
+        self.release(left.piece, right.piece)
+
+    def operand(self, value: Value, axis: int, dim: Dim, depth: int, slices: int) -> Staged:
+        """Take workgroup memory for an operand whose axis `dim` is not contracted."""
+        whole = self.is_placed(value)
+        if axis == 0:
+            pitch, lanes = self.layout.padded_rows(dim), WIDTH if self.layout.grouped(dim) else 1
+        else:
+            pitch, lanes = self.layout.padded_cols(dim), self.layout.width(dim)
+        piece = self.piece(depth * (slices if whole else 1) * pitch, lanes, "left" if axis == 0 else "right")
+        return Staged(value, piece, pitch, dim, axis, whole)
+
+    # -- a placed operand
+    def write_whole(self, to: Staged, inner: Dim, extent: int) -> None:
+        """Write what each thread holds of a placed operand, `extent` elements of the contraction."""
+        for key in self.keys(to.value.type):
+            self.vector(to.value, key)
+        self.will_write(to.piece)
+        if to.axis == 0:
+            self.write_left(to, inner, extent)
+        else:
+            self.write_right(to, inner, extent)
+
+    def write_left(self, to: Staged, inner: Dim, extent: int) -> None:
+        lanes = to.piece.lanes
+        width = self.layout.width(inner)
+        for v in range(self.layout.vectors(inner)):
+            k = self.layout.col(inner, v)
+            conditions = [(k, Index.of(extent))] if self.largest(k) + width > extent else []
+
+            def part(r: int, v: int = v, k: Index = k) -> Value:
+                return self.or_else(self.vector(to.value, (r, v)), inner, k, width, 0.0)
+
+            def write(k: Index = k, part: Callable[[int], Value] = part) -> None:
+                for r in range(0, self.layout.rows(to.dim), lanes):
+                    parts = [part(r + n) for n in range(lanes)]
+                    for u in range(width):
+                        column = [self.b.extract(x, u) for x in parts]
+                        self.b.store(to.piece.pointer, self.b.join(column) if lanes > 1 else column[0], (k + u) * to.pitch + self.layout.row(to.dim, r))
+
+            self.when(conditions, write)
+
+    def write_right(self, to: Staged, inner: Dim, extent: int) -> None:
+        for r in range(self.layout.rows(inner)):
+            k = self.layout.row(inner, r)
+            conditions = [(k, Index.of(extent))] if self.largest(k) + 1 > extent else []
+
+            def write(r: int = r, k: Index = k) -> None:
+                for v in range(self.layout.vectors(to.dim)):
+                    x = self.or_else(self.vector(to.value, (r, v)), inner, k, 1, 0.0)
+                    self.b.store(to.piece.pointer, x, k * to.pitch + self.layout.col(to.dim, v))
+
+            self.when(conditions, write)
+
+    # -- a free operand
+    def copy(self, to: Staged, inner: Dim, depth: int) -> Copy:
+        """How a slice is dealt to the threads."""
+        lanes = to.piece.lanes
+        along_inner = self.contiguous_axis(to.value) != to.axis
+        turned = lanes == WIDTH and along_inner and self.layout.width(inner) == WIDTH and depth % WIDTH == 0
+        across = to.pitch // lanes
+        return Copy(turned, across, across * (depth // WIDTH if turned else depth))
+
+    def units(self, copy: Copy) -> list[tuple[Index, bool]]:
+        """The units of a slice that a thread copies, and for each whether some threads have none."""
+        threads = self.layout.threads
+        return [(Index.variable("thread") + first, copy.units - first < threads) for first in range(0, copy.units, threads)]
+
+    def can_fetch_ahead(self, to: Staged, inner: Dim, depth: int) -> bool:
+        """Whether a thread's part of the next slice fits registers while it works on this one."""
+        copy = self.copy(to, inner, depth)
+        return len(self.units(copy)) * (WIDTH if copy.turned else 1) <= FETCHED_AHEAD
+
+    def fetch(self, to: Staged, inner: Dim, first: Index, depth: int) -> list[Value]:
+        """Compute the thread's part of a slice: elements `first` to `first + depth` of the contraction."""
+        copy = self.copy(to, inner, depth)
+        return [x for unit, _ in self.units(copy) for x in self.unit_elements(to, copy, inner, first, unit)]
+
+    def commit(self, to: Staged, inner: Dim, depth: int, fetched: list[Value]) -> list[Value]:
+        """Write what was fetched to workgroup memory; returns what is left of it, for the other operand."""
+        copy = self.copy(to, inner, depth)
+        self.will_write(to.piece)
+        for unit, is_partial in self.units(copy):
+            count = WIDTH if copy.turned else 1
+            mine, fetched = fetched[:count], fetched[count:]
+            conditions = [(unit, Index.of(copy.units))] if is_partial else []
+            self.when(conditions, partial(self.write_unit, to, copy, unit, mine))
+        return fetched
+
+    def stage(self, to: Staged, inner: Dim, first: Index, depth: int) -> None:
+        """Compute a slice of a free operand straight into workgroup memory."""
+        self.will_write(to.piece)
+        copy = self.copy(to, inner, depth)
+
+        def move(unit: Index) -> None:
+            self.write_unit(to, copy, unit, self.unit_elements(to, copy, inner, first, unit))
+
+        threads = self.layout.threads
+        whole, rest = divmod(copy.units, threads)
+        if whole <= UNROLLED_COPIES:
+            for n in range(whole):
+                move(Index.variable("thread") + n * threads)
+        else:
+            self.loop(0, whole, 1, lambda n: move(Index.variable("thread") + n * threads), stem="c")
+        if rest:
+            unit = Index.variable("thread") + whole * threads
+            self.when([(unit, Index.of(copy.units))], lambda: self.limited(rest - 1, lambda: move(unit)))
+
+    def unit_elements(self, to: Staged, copy: Copy, inner: Dim, first: Index, unit: Index) -> list[Value]:
+        """One vector of a slice, or the four along the contraction of a square."""
+        lanes = to.piece.lanes
+        x, k = unit % copy.across * lanes, unit // copy.across * (WIDTH if copy.turned else 1)
+        axis, width = (1 - to.axis, WIDTH) if copy.turned else (to.axis, lanes)
+        found = []
+        for n in range(WIDTH if copy.turned else 1):
+            row, col = (x + n, first + k) if to.axis == 0 else (first + k, x + n)
+            elements = self.free_vector(to.value, row, col, axis, width)
+            found.append(self.or_else(elements, inner, first + k, WIDTH if copy.turned else 1, 0.0))
+        return found
+
+    def write_unit(self, to: Staged, copy: Copy, unit: Index, elements: Sequence[Value]) -> None:
+        x = unit % copy.across * to.piece.lanes
+        if not copy.turned:
+            self.b.store(to.piece.pointer, elements[0], unit // copy.across * to.pitch + x)
+            return
+        for u in range(WIDTH):
+            column = self.b.join([self.b.extract(v, u) for v in elements])
+            self.b.store(to.piece.pointer, column, (unit // copy.across * WIDTH + u) * to.pitch + x)
+
+    def limited(self, last: int, body: Callable[[], None]) -> None:
+        """Lower `body` knowing that only the threads up to `last` run it."""
+        saved = self.ranges["thread"]
+        self.ranges["thread"] = (0, last)
+        body()
+        self.ranges["thread"] = saved
+
+    # -- the products
+    def products(
+        self, left: Staged, right: Staged, firsts: Sequence[Index], depth: int, sums: Sequence[Value]
+    ) -> list[Value]:
+        """Add the outer products of a slice to the register block."""
+        rows, vectors = self.layout.rows(left.dim), self.layout.vectors(right.dim)
+        unroll = gcd(UNROLL, depth)
+
+        def step(k: Index, *totals: Value) -> list[Value]:
+            now = list(totals)
+            for u in range(unroll):
+                column = self.left_column(left, firsts[0] + k + u, rows)
+                row = [
+                    self.b.load(right.piece.pointer, (firsts[1] + k + u) * right.pitch + self.layout.col(right.dim, v), right.piece.lanes, hint="y")
+                    for v in range(vectors)
+                ]
+                now = [self.b.primitive("fma", [column[n // vectors], row[n % vectors], total]) for n, total in enumerate(now)]
+            return now
+
+        return self.loop(0, depth, unroll, step, sums, stem="k")
+
+    def left_column(self, left: Staged, k: Index, rows: int) -> list[Value]:
+        """The thread's rows of the left operand at one k."""
+        lanes = left.piece.lanes
+        found: list[Value] = []
+        for r in range(0, rows, lanes):
+            x = self.b.load(left.piece.pointer, k * left.pitch + self.layout.row(left.dim, r), lanes, hint="x")
+            found += [self.b.extract(x, n) for n in range(lanes)]
+        return found
+
+
+def slice_depth(wanted: int, inner: Dim) -> int:
+    """How much of the contraction is staged at a time: a multiple of four where the contraction is longer than that."""
+    return min(wanted, -(-inner.size // WIDTH) * WIDTH)

@@ -1,0 +1,231 @@
+"""Runs WebGPU bundles on the system's GPU through wgpu: one buffer a pool, one submit a step.
+
+A function is recorded into one command encoder with one compute pass; pipelines and bind groups are made when it runs
+for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygpt.runtime.errors import UserError
+from tinygpt.runtime.manifest import Manifest, Slot
+
+_INSTALL = "pip install wgpu, and a Vulkan, Metal or D3D12 driver (in software: sudo apt install mesa-vulkan-drivers)"
+_AGAIN = "compile the bundle again: tinygpt compile CONFIG --target wgsl --out DIR"
+_FEATURES = {"subgroups": "subgroup"}  # features whose name in wgpu is not the specification's
+_ADAPTERS = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "CPU", "Unknown")  # best first
+_BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
+_VECTOR_BYTES = 16
+_MOST_WORKGROUPS = 65535
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """A kernel: its file, and for each binding whether it is only read."""
+
+    file: str
+    read_only: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """A launch: the kernel, its workgroups, and its bindings as (pool, offset, size) in bytes."""
+
+    kernel: str
+    workgroups: tuple[int, int, int]
+    bindings: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """manifest["target"] of a WebGPU bundle, validated."""
+
+    features: tuple[str, ...]
+    limits: Mapping[str, int]
+    kernels: Mapping[str, KernelRecord]
+    functions: Mapping[str, tuple[Dispatch, ...]]
+
+
+def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
+    """manifest["target"]. Raises UserError if it is malformed or a binding leaves its pool."""
+    target = manifest.target
+
+    def refuse(problem: str) -> UserError:
+        return UserError(f"bundle {folder}: manifest.json: target.{problem}", hint=_AGAIN)
+
+    def mapping(name: str) -> Mapping[str, Any]:
+        value = target.get(name)
+        if not isinstance(value, dict):
+            raise refuse(f"{name} is not an object")
+        return value
+
+    features = target.get("features")
+    if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
+        raise refuse("features is not a list of names")
+    limits = mapping("limits")
+    if not all(type(n) is int and 0 < n < 1 << 32 for n in limits.values()):
+        raise refuse("limits are not positive integers")
+    kernels = {}
+    for name, entry in mapping("kernels").items():
+        access = entry.get("access") if isinstance(entry, dict) else None
+        if not isinstance(access, list) or not set(access) <= {"in", "out", "inout"} or entry.get("file") not in manifest.files:
+            raise refuse(f"kernels.{name} has no file or no access words")
+        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access))
+    functions = {}
+    for name in manifest.functions:
+        entries = mapping("functions").get(name)
+        if not isinstance(entries, list):
+            raise refuse(f"functions.{name} is not a list")
+        try:
+            functions[name] = tuple(_dispatch(entry, kernels, manifest.pools) for entry in entries)
+        except (KeyError, TypeError, ValueError) as error:
+            raise refuse(f"functions.{name} is malformed: {error}") from error
+    return DeviceRecord(tuple(features), dict(limits), kernels, functions)
+
+
+def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[str, int]) -> Dispatch:
+    """One launch. Raises KeyError, TypeError or ValueError, saying what is wrong."""
+    kernel = kernels[entry["kernel"]]
+    workgroups = tuple(entry["workgroups"])
+    if len(workgroups) != 3 or not all(type(n) is int and 1 <= n <= _MOST_WORKGROUPS for n in workgroups):
+        raise ValueError(f"workgroups {workgroups}")
+    bindings = tuple((str(pool), offset, size) for pool, offset, size in entry["bindings"])
+    if len(bindings) != len(kernel.read_only):
+        raise ValueError(f"{entry['kernel']} has {len(kernel.read_only)} bindings, not {len(bindings)}")
+    for pool, offset, size in bindings:
+        if type(offset) is not int or type(size) is not int or offset < 0 or size <= 0 or size % _VECTOR_BYTES or offset + size > pools[pool]:
+            raise ValueError(f"binding {offset} + {size} of pool {pool}")
+    return Dispatch(entry["kernel"], (workgroups[0], workgroups[1], workgroups[2]), bindings)
+
+
+class GpuEngine:
+    """A device with the bundle's pools in its memory."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None) -> None:
+        """`threads` has no meaning here. Raises UserError if wgpu or a driver is missing, if the device has less than the
+        bundle needs, or if the record is damaged."""
+        self._folder, self._manifest = folder, manifest
+        self._record = device_record(folder, manifest)
+        self._wgpu = _wgpu(folder)
+        self._device = _device(self._wgpu, folder, self._record)
+        usage = self._wgpu.BufferUsage
+        flags = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
+        self._pools: dict[str, Any] = {}
+        for name, size in manifest.pools.items():
+            try:
+                self._pools[name] = self._device.create_buffer(label=name, size=max(size, _VECTOR_BYTES), usage=flags)
+            except self._wgpu.GPUError as error:
+                raise UserError(
+                    f"bundle {folder}: pool {name} of {size:,} bytes cannot be had: {error}",
+                    hint="compile with a smaller --batch or --context",
+                ) from error
+        self._pipelines: dict[str, tuple[Any, Any]] = {}
+        self._ready: dict[str, list[tuple[Any, Any, tuple[int, int, int]]]] = {}
+
+    @property
+    def threads(self) -> int:
+        return 1
+
+    def write(self, slot: Slot, array: NDArray[Any]) -> None:
+        self._device.queue.write_buffer(self._pools[slot.pool], slot.offset, array.reshape(-1))
+
+    def read(self, slot: Slot) -> NDArray[Any]:
+        content = self._device.queue.read_buffer(self._pools[slot.pool], slot.offset, slot.nbytes)
+        return np.frombuffer(content, slot.numpy_dtype).reshape(slot.shape).copy()
+
+    def run(self, function: str) -> None:
+        if not self._pools:
+            raise RuntimeError("the engine is closed")
+        if function not in self._ready:
+            self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
+        encoder = self._device.create_command_encoder(label=function)
+        work = encoder.begin_compute_pass(label=function)
+        for pipeline, group, workgroups in self._ready[function]:
+            work.set_pipeline(pipeline)
+            work.set_bind_group(0, group)
+            work.dispatch_workgroups(*workgroups)
+        work.end()
+        self._device.queue.submit([encoder.finish()])
+
+    def close(self) -> None:
+        pools, self._pools = self._pools, {}
+        self._ready, self._pipelines = {}, {}
+        for pool in pools.values():
+            pool.destroy()
+
+    def _prepared(self, dispatch: Dispatch) -> tuple[Any, Any, tuple[int, int, int]]:
+        """The pipeline and the bind group of a launch. Raises UserError naming the kernel."""
+        try:
+            pipeline, layout = self._pipeline(dispatch.kernel)
+            entries = [
+                {"binding": n, "resource": {"buffer": self._pools[pool], "offset": offset, "size": size}}
+                for n, (pool, offset, size) in enumerate(dispatch.bindings)
+            ]
+            group = self._device.create_bind_group(label=dispatch.kernel, layout=layout, entries=entries)
+        except self._wgpu.GPUError as error:
+            raise UserError(f"bundle {self._folder}: the driver refuses kernel {dispatch.kernel}: {error}", hint=_AGAIN) from error
+        return pipeline, group, dispatch.workgroups
+
+    def _pipeline(self, name: str) -> tuple[Any, Any]:
+        if name not in self._pipelines:
+            kernel = self._record.kernels[name]
+            code = self._manifest.file(self._folder, kernel.file).read_text()
+            module = self._device.create_shader_module(label=name, code=code)
+            entries = [
+                {"binding": n, "visibility": self._wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage" if read_only else "storage"}}
+                for n, read_only in enumerate(kernel.read_only)
+            ]
+            layout = self._device.create_bind_group_layout(label=name, entries=entries)
+            pipeline = self._device.create_compute_pipeline(
+                label=name,
+                layout=self._device.create_pipeline_layout(label=name, bind_group_layouts=[layout]),
+                compute={"module": module, "entry_point": "main"},
+            )
+            self._pipelines[name] = (pipeline, layout)
+        return self._pipelines[name]
+
+
+ENGINES = {"wgsl": GpuEngine}
+
+
+def _wgpu(folder: Path) -> Any:
+    try:
+        import wgpu
+    except ImportError as error:
+        raise UserError(f"bundle {folder}: running it in Python needs the package wgpu", hint=_INSTALL) from error
+    return wgpu
+
+
+def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
+    """A device of the best adapter that has what the bundle needs."""
+    adapters = sorted(wgpu.gpu.enumerate_adapters_sync(), key=_preference)
+    if not adapters:
+        raise UserError(f"bundle {folder}: no GPU driver found", hint=_INSTALL)
+    features = [_FEATURES.get(name, name) for name in record.features]
+    reasons = []
+    for adapter in adapters:
+        missing = [f"feature {name}" for name in features if name not in adapter.features]
+        missing += [f"{name} {n:,}" for name, n in record.limits.items() if adapter.limits.get(name, n) < n]
+        if missing:
+            reasons.append(f"{adapter.info['device']} lacks {', '.join(missing)}")
+            continue
+        try:
+            return adapter.request_device_sync(required_features=features, required_limits=dict(record.limits))
+        except (wgpu.GPUError, RuntimeError) as error:
+            reasons.append(f"{adapter.info['device']}: {error}")
+    raise UserError(f"bundle {folder}: no device has what it needs: {'; '.join(reasons)}", hint="compile for the profile webgpu-default")
+
+
+def _preference(adapter: Any) -> tuple[int, int]:
+    """Real GPUs first, and of one GPU's drivers the native one."""
+    kind, backend = adapter.info["adapter_type"], adapter.info["backend_type"]
+    return (
+        _ADAPTERS.index(kind) if kind in _ADAPTERS else len(_ADAPTERS),
+        _BACKENDS.index(backend) if backend in _BACKENDS else len(_BACKENDS),
+    )

@@ -1,0 +1,115 @@
+"""WebGPU bundles: tiny trains like PyTorch on a software Vulkan driver, naga takes every shader, launches obey the rules."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.wgsl_device import device
+from tinygpt.compiler import compile
+from tinygpt.model import TinyGPT
+from tinygpt.presets import find
+from tinygpt.runtime import bundle as bundles
+from tinygpt.runtime.bundle import Bundle
+from tinygpt.runtime.errors import UserError
+
+VALIDATE = """
+import sys, wgpu
+adapter = next(a for a in wgpu.gpu.enumerate_adapters_sync() if a.info["backend_type"] == "Vulkan")
+device = adapter.request_device_sync()
+for path in sys.argv[1:]:
+    try:
+        device.create_shader_module(code=open(path).read())
+    except wgpu.GPUError as error:
+        sys.exit(f"{path}: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    device()
+    yield compile("tiny", "wgsl", out=tmp_path_factory.mktemp("tiny"))
+
+
+def test_naga_takes_every_shader(bundle: Bundle) -> None:
+    """In a child process: naga can abort."""
+    shaders = sorted(map(str, Path(bundle.folder).glob("kernels/*.wgsl")))
+    assert len(shaders) == len(bundle.manifest.target["kernels"])
+    done = subprocess.run([sys.executable, "-c", VALIDATE, *shaders], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_bundle_agrees_with_the_interpreter(bundle: Bundle) -> None:
+    assert bundle.selftest().passed
+
+
+def test_no_launch_reads_and_writes_a_pool_and_bindings_are_aligned(bundle: Bundle) -> None:
+    target = bundle.manifest.target
+    for launches in target["functions"].values():
+        for launch in launches:
+            access = target["kernels"][launch["kernel"]]["access"]
+            assert len(access) <= 8
+            bound = list(zip(access, launch["bindings"], strict=True))
+            read = {pool for a, (pool, _, _) in bound if a == "in"}
+            written = [b for a, b in bound if a != "in"]
+            assert not read & {pool for pool, _, _ in written}
+            assert all(offset % 256 == 0 for _, (_, offset, _) in bound)
+            assert all(p != q or a + m <= b or b + n <= a for (p, a, m), (q, b, n) in combinations(written, 2))
+
+
+def torch_step(model: TinyGPT, optimizer: torch.optim.Optimizer, tokens: np.ndarray, targets: np.ndarray) -> float:
+    optimizer.zero_grad()
+    _, loss = model(torch.from_numpy(tokens), torch.from_numpy(targets))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def test_tiny_trains_like_pytorch(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    rng = np.random.default_rng(11)
+    shape = (manifest.batch, manifest.context)
+    batches = [(rng.integers(0, manifest.vocab_size, shape), rng.integers(0, manifest.vocab_size, shape)) for _ in range(4)]
+    with bundle.session(seed=5) as session:
+        model = TinyGPT(find("tiny").config)
+        model.load_state_dict({n: torch.from_numpy(x.copy()) for n, x in session.parameters().items()}, strict=False)
+        decay = manifest.training
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": decay["weight_decay"]},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(decay["beta1"], decay["beta2"]), eps=decay["eps"])
+        for step in range(12):
+            tokens, targets = batches[step % 4]
+            found, _ = session.train_step(tokens, targets, lr=3e-4)
+            assert found == pytest.approx(torch_step(model, optimizer, tokens, targets), abs=1e-5)
+
+
+def test_two_runs_give_the_same_bits(bundle: Bundle) -> None:
+    def curve() -> list[float]:
+        rng = np.random.default_rng(2)
+        shape = (bundle.manifest.batch, bundle.manifest.context)
+        with bundle.session(seed=1) as session:
+            return [session.train_step(rng.integers(0, 256, shape), rng.integers(0, 256, shape), lr=1e-3)[0] for _ in range(3)]
+
+    assert curve() == curve()
+
+
+def test_a_damaged_launch_is_refused(tmp_path: Path) -> None:
+    device()
+    compile("tiny", "wgsl", out=tmp_path / "b")
+    path = tmp_path / "b" / "manifest.json"
+    document = json.loads(path.read_text())
+    document["target"]["functions"]["init"][0]["bindings"][0][1] = 1 << 40
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="functions.init is malformed: binding"):
+        bundles.load(tmp_path / "b").session()

@@ -1,0 +1,122 @@
+"""The gpu loop strategy and its WGSL on a software Vulkan driver against the tile interpreter in float64: every op of
+the registry, every kernel of odd models, attention at many contexts and widths, rows too long for registers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.lowered import op_module, passes_until, random_buffers, small_model, tiled
+from tests.test_cpu_strategy import CASES, op_kernels
+from tests.wgsl_device import run
+from tinygpt.ir.core import Kernel
+from tinygpt.ir.errors import UserError
+from tinygpt.ir.interpret_tile import run_kernel
+from tinygpt.ir.ops import OPS
+from tinygpt.ir.registry import Example, sample_operands
+from tinygpt.ir.types import TensorType
+from tinygpt.ir.verify import verify_kernel
+from tinygpt.lowering.gpu import lower
+from tinygpt.lowering.simplify import Simplify
+from tinygpt.targets.wgsl.profiles import DEFAULT
+
+
+def difference(kernel: Kernel, buffers: list[np.ndarray], floor: float = 1e-9) -> float:
+    """How far the kernel on the device is from its tile program in float64, relative to the largest element.
+
+    `floor` is for gradients that are zero but for rounding: a single key has no gradient of its score."""
+    loops = lower(kernel, DEFAULT)
+    verify_kernel(kernel)
+    verify_kernel(loops, DEFAULT)
+    expected = [b.astype(np.float64) if b.dtype == np.float32 else b.copy() for b in buffers]
+    found = [b.copy() for b in buffers]
+    run_kernel(kernel, expected, wide=True)
+    run(loops, DEFAULT, found)
+    worst = 0.0
+    for access, a, b in zip(kernel.access, expected, found, strict=True):
+        if access != "in":
+            worst = max(worst, float(np.abs(a.astype(np.float64) - b).max() / (np.abs(a).max() + floor)))
+    return worst
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_shaders_of_an_op_compute_its_tile_program(name: str, number: int) -> None:
+    for kernel, buffers in op_kernels(name, number, DEFAULT):
+        assert difference(kernel, buffers) < 2e-5, kernel.name
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, dict(n_heads=2, d_model=16, d_mlp=20, context_length=70, vocab_size=18, batch=1)], ids=["odd", "two heads of eight"]
+)
+def test_every_shader_of_a_model_computes_its_tile_program(fields: dict[str, int]) -> None:
+    module = small_model(**fields)
+    for p in passes_until("tile"):
+        module = p.run(module, DEFAULT)
+    rng = np.random.default_rng(3)
+    for kernel in module.kernels.values():
+        assert difference(kernel, random_buffers(kernel, rng)) < 3e-5, kernel.name
+
+
+def only_kernel(name: str, shapes: list[TensorType], **attrs: Any) -> Kernel:
+    (kernel,) = tiled(Simplify().run(op_module(name, Example(tuple(shapes), attrs)), DEFAULT), DEFAULT).kernels.values()
+    return kernel
+
+
+def f32(*shape: int) -> TensorType:
+    return TensorType("f32", shape)
+
+
+@pytest.mark.parametrize(("context", "width"), [(1, 8), (2, 16), (31, 32), (33, 64), (64, 128), (100, 80), (101, 48), (300, 64)])
+@pytest.mark.parametrize("name", ["attention", "attention_grad_kv", "attention_grad_q"])
+def test_flash_attention_fits_any_context_and_width(name: str, context: int, width: int) -> None:
+    q, row = f32(1, 2, context, width), f32(1, 2, context)
+    types = [q, q, q] if name == "attention" else [q, q, q, q, row, row]
+    attrs = {"causal": True, "scale": width**-0.5}
+    rng = np.random.default_rng(context)
+    operands = [rng.standard_normal(t.shape).astype(np.float32) for t in types]
+    if name != "attention":
+        out, lse = OPS["attention"].evaluate(operands[:3], attrs)
+        operands[4:] = [lse.astype(np.float32), (operands[3] * out).sum(-1).astype(np.float32)]
+    kernel = only_kernel(name, types, **attrs)
+    outputs = [np.zeros(v.type.size, np.float32) for v in kernel.params[len(types) :]]
+    assert difference(kernel, [*(x.reshape(-1) for x in operands), *outputs], floor=0.1) < 5e-6
+
+
+@pytest.mark.parametrize("columns", [9000, 9001, 50257])
+def test_rows_longer_than_registers_are_read_again_in_each_pass(columns: int) -> None:
+    logits, targets = f32(3, columns), TensorType("i32", (3,))
+    kernel = only_kernel("cross_entropy", [logits, targets])
+    rng = np.random.default_rng(0)
+    x = (3 * rng.standard_normal(logits.size)).astype(np.float32)
+    buffers = [x, np.array([0, 5, columns - 1], np.int32), *(np.zeros(v.type.size, np.float32) for v in kernel.params[2:])]
+    assert difference(kernel, buffers) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 1, 1), (5, 3, 7), (65, 17, 66), (130, 70, 65), (257, 100, 36), (640, 33, 640)])
+def test_products_of_any_shape(rows: int, inner: int, columns: int) -> None:
+    kernel = only_kernel("matmul", [f32(rows, inner), f32(inner, columns)])
+    example = Example((f32(rows, inner), f32(inner, columns)))
+    operands = [x.reshape(-1) for x in sample_operands(example, np.random.default_rng(rows))]
+    assert difference(kernel, [*operands, np.zeros(rows * columns, np.float32)]) < 1e-6
+
+
+def test_any_number_of_threads_computes_a_tile_program() -> None:
+    kernel = only_kernel("attention", [f32(1, 1, 50, 24)] * 3, causal=True, scale=0.2)
+    buffers = random_buffers(kernel, np.random.default_rng(1))
+    for threads in ((4, 8), (8, 4), (16, 8), (3, 5)):
+        assert difference(replace(kernel, order={**kernel.order, "threads": threads}), buffers) < 5e-6
+
+
+def test_what_does_not_fit_names_the_kernel_and_the_limit() -> None:
+    kernel = only_kernel("matmul", [f32(300, 30), f32(30, 300)])
+    with pytest.raises(UserError, match="buffer y0 has 360,000 bytes, a binding of small at most 100,000"):
+        lower(kernel, replace(DEFAULT, name="small", binding_bytes=100_000))
+    with pytest.raises(UserError, match="bytes of workgroup memory, small has 1,000"):
+        lower(kernel, replace(DEFAULT, name="small", workgroup_bytes=1000))
+    with pytest.raises(UserError, match="3 buffers, small binds 2"):
+        lower(kernel, replace(DEFAULT, name="small", bindings=2))
+    with pytest.raises(UserError, match="threads, small has 8"):
+        lower(kernel, replace(DEFAULT, name="small", workgroup_threads=8))

@@ -1,0 +1,73 @@
+"""The WebGPU device of the tests: a Vulkan driver through wgpu, with no more than the default limits, and kernels run
+on it from numpy arrays. Without a driver a test fails where CI is set, and skips, with the reason, on a laptop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tinygpt.ir.caps import Caps
+from tinygpt.ir.core import Kernel
+from tinygpt.targets.wgsl.printer import grid_size, print_kernel
+
+LIMITS = {
+    "max-storage-buffers-per-shader-stage": 8, "max-storage-buffer-binding-size": 128 << 20, "max-buffer-size": 256 << 20,
+    "max-compute-workgroup-storage-size": 16 << 10, "max-compute-invocations-per-workgroup": 256,
+    "max-compute-workgroup-size-x": 256, "max-compute-workgroups-per-dimension": 65535,
+}  # fmt: skip
+INSTALL = "sudo apt install mesa-vulkan-drivers libvulkan1, and pip install wgpu"
+
+
+@cache
+def device() -> Any:
+    """A device of the first Vulkan adapter; no device fails or skips the test."""
+    try:
+        import wgpu
+
+        adapters = [a for a in wgpu.gpu.enumerate_adapters_sync() if a.info["backend_type"] == "Vulkan"]
+    except (ImportError, RuntimeError):
+        adapters = []
+    if adapters:
+        return adapters[0].request_device_sync(required_limits=LIMITS)
+    if os.environ.get("CI"):
+        pytest.fail(f"no Vulkan driver: {INSTALL}")
+    pytest.skip(f"no Vulkan driver: {INSTALL}")
+
+
+def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
+    """Run a loop-level kernel over flat buffers, one per parameter, which it changes in place."""
+    import wgpu
+
+    gpu = device()
+    module = gpu.create_shader_module(code=print_kernel(kernel, caps))
+    layout_entries = [
+        {"binding": n, "visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage" if access == "in" else "storage"}}
+        for n, access in enumerate(kernel.access)
+    ]
+    layout = gpu.create_bind_group_layout(entries=layout_entries)
+    pipeline = gpu.create_compute_pipeline(
+        layout=gpu.create_pipeline_layout(bind_group_layouts=[layout]), compute={"module": module, "entry_point": "main"}
+    )
+    usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
+    found = []
+    for array in buffers:
+        found.append(gpu.create_buffer(size=-(-array.nbytes // 16) * 16, usage=usage))
+        gpu.queue.write_buffer(found[-1], 0, np.ascontiguousarray(array))
+    entries = [{"binding": n, "resource": {"buffer": b, "offset": 0, "size": b.size}} for n, b in enumerate(found)]
+    group = gpu.create_bind_group(layout=layout, entries=entries)
+    encoder = gpu.create_command_encoder()
+    work = encoder.begin_compute_pass()
+    work.set_pipeline(pipeline)
+    work.set_bind_group(0, group)
+    work.dispatch_workgroups(*grid_size(kernel, caps.grid_limit))
+    work.end()
+    gpu.queue.submit([encoder.finish()])
+    for array, buffer, access in zip(buffers, found, kernel.access, strict=True):
+        if access != "in":
+            array[:] = np.frombuffer(gpu.queue.read_buffer(buffer, 0, array.nbytes), array.dtype)

@@ -1,0 +1,233 @@
+"""`tinygpt bench`: whole training steps, ours and the rivals', timed in turns in the same minutes, beside the FMA peak.
+
+Each contestant has a process of its own, so that thread pools do not fight, and waits while the others are timed. What
+counts is the best step of all rounds: a busy machine makes steps slower, never faster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tinygpt import peak
+from tinygpt.config import ModelConfig, nearest
+from tinygpt.ir.caps import Caps
+from tinygpt.ir.errors import CompilerBug, UserError
+from tinygpt.runtime.bundle import Bundle
+from tinygpt.targets.cpp import PROFILES
+from tinygpt.targets.cpp.build import compile_flags
+from tinygpt.targets.cpp.profiles import processor_features
+from tinygpt.toolchain import compiled
+
+RIVALS = ("torch", "torch.compile", "jax", "torch+avx512", "torch.compile+avx512")
+PRELOADED = "+avx512"  # PyTorch with MKL's check of the processor's vendor answered for it
+
+_PAUSE = 0.25  # seconds between turns: thread pools spin for a while after their last work
+_PEAK_SECONDS = 0.2
+
+# MKL of PyTorch's wheels asks these before it takes its AVX-512 path; on processors of other vendors they say no.
+_VENDOR_CHECK = (
+    'extern "C" int mkl_serv_intel_cpu_true() { return 1; }\nextern "C" int mkl_serv_intel_cpu() { return 1; }\n'
+)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of `tinygpt bench --json`. `ms` is a training step of ours; `ratios` are rival ms / our ms; `notes` say
+    what lacks its fast path."""
+
+    config: str
+    target: str
+    threads: int
+    ms: float
+    tokens_per_s: float
+    gflops: float
+    peak_gflops: float
+    rivals: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def require_rivals(names: Sequence[str]) -> None:
+    """Raise UserError for a name that is no rival's."""
+    for name in names:
+        if name not in RIVALS:
+            raise UserError(
+                f"--against {name}: there is no such rival; the nearest is {nearest(name, RIVALS)!r}",
+                hint=f"rivals: {', '.join(RIVALS)}",
+            )
+
+
+def bench(
+    bundle: Bundle,
+    caps: Caps,
+    threads: int,
+    against: Sequence[str] = (),
+    *,
+    rounds: int = 5,
+    seconds: float = 1.0,
+    say: Say = print,
+) -> Result:
+    """Time a bundle and its rivals. `seconds` is how long a turn lasts; `say` hears which rivals cannot run here.
+
+    Raises UserError for a bundle without a config, which nobody else could build, and for what a compiler refuses."""
+    manifest = bundle.manifest
+    if manifest.config is None:
+        raise UserError(
+            f"bundle {bundle.folder} was captured from a module of its own", hint="bench a preset or a JSON config"
+        )
+    spec = {
+        "config": dict(manifest.config), "batch": manifest.batch, "context": manifest.context, "threads": threads,
+        "training": dict(manifest.training), "bundle": str(bundle.folder.resolve()),
+    }  # fmt: skip
+    program = peak.program(*_peak_settings(caps, manifest.strict))
+    best: dict[str, float] = {}
+    highest = 0.0
+    with contextlib.ExitStack() as stack:
+        contestants = list(_started(["tinygpt", *against], spec, stack, say))
+        for _ in range(rounds):
+            highest = max(highest, peak.measure(program, threads, _PEAK_SECONDS))
+            for contestant in contestants:
+                time.sleep(_PAUSE)
+                best[contestant.name] = min(contestant.turn(seconds), best.get(contestant.name, float("inf")))
+    ms = best.pop("tinygpt")
+    for name in [name for name, x in best.items() if math.isinf(x)]:
+        del best[name]
+        say(f"{name} is left out: it ended while it was timed")
+    config = ModelConfig(**manifest.config)
+    flops = config.flops_per_step(manifest.batch, manifest.context)
+    return Result(
+        manifest.name, manifest.target_name, threads, round(ms, 4),
+        round(manifest.batch * manifest.context / ms * 1e3, 1),
+        round(flops / ms / 1e6, 2), round(highest, 2), {n: round(x, 4) for n, x in best.items()},
+        {n: round(x / ms, 3) for n, x in best.items()}, tuple(notes(config, caps, manifest.strict, threads)),
+    )  # fmt: skip
+
+
+def notes(config: ModelConfig, caps: Caps, strict: bool, threads: int) -> Iterator[str]:
+    """What keeps this model on this profile from its fast path, for a person to read."""
+    best = PROFILES["native"]
+    if caps.strategy != "cpu":
+        yield "peak_gflops is the processor's, not the graphics adapter's"
+    if caps.strategy == "cpu" and caps.name == "baseline" and caps.lanes < best.lanes:
+        yield f"profile baseline has {caps.lanes} lanes, this processor {best.lanes}; --set profile=native is faster"
+    if strict:
+        yield "--strict: no fused multiply-add, so at most half of an FMA peak"
+    elif not caps.fma:
+        yield f"profile {caps.name} has no fused multiply-add"
+    if caps.strategy == "cpu" and threads > caps.threads:
+        yield f"{threads} threads on a profile made for {caps.threads}"
+    widths = {
+        "d_model": config.d_model,
+        "d_mlp": config.d_mlp,
+        "vocab_size": config.vocab_size,
+        "head width": config.head_width,
+    }
+    for name, width in widths.items():
+        if caps.strategy == "cpu" and width % caps.lanes:
+            rest = width % caps.lanes
+            yield f"{name} {width} is not a multiple of {caps.lanes} lanes: the last {rest} are computed one by one"
+
+
+def _peak_settings(caps: Caps, strict: bool) -> tuple[int, list[str]]:
+    """Lanes and flags of the peak: a C++ profile's own; for other CPU-like targets their lanes on this processor."""
+    native = PROFILES["native"]
+    if caps.strategy != "cpu":
+        return native.lanes, compile_flags(native, strict)
+    if caps.name in PROFILES:
+        return caps.lanes, compile_flags(caps, strict)
+    return caps.lanes, compile_flags(replace(native, lanes=caps.lanes), strict or not caps.fma)
+
+
+def _started(
+    names: Sequence[str], spec: Mapping[str, Any], stack: contextlib.ExitStack, say: Say
+) -> Iterator[Contestant]:
+    """The contestants that can run here, built and warmed up."""
+    for name in names:
+        environment = dict(os.environ)
+        if name.endswith(PRELOADED):
+            reason = _cannot_preload()
+            if reason:
+                say(f"{name} is left out: {reason}")
+                continue
+            library = compiled(_VENDOR_CHECK, ["-shared", "-fPIC", "-O1"], ".so")
+            environment["LD_PRELOAD"] = f"{library}:{environment.get('LD_PRELOAD', '')}".rstrip(":")
+        contestant = stack.enter_context(Contestant(name, environment))
+        reason = contestant.build({**spec, "name": name.removesuffix(PRELOADED)})
+        if reason:
+            say(f"{name} is left out: {reason}")
+        else:
+            yield contestant
+
+
+def _cannot_preload() -> str:
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "MKL's AVX-512 path exists on Linux on x86-64 only"
+    return "" if "avx512f" in processor_features() else "this processor has no AVX-512"
+
+
+class Contestant:
+    """A process of rivals.py. Ends when the context does."""
+
+    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tinygpt.rivals"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+            env={
+                **environment,
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)]),
+            },
+        )
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+    def build(self, spec: Mapping[str, Any]) -> str:
+        """Build and warm up. Returns why the rival cannot run here, or nothing."""
+        return str(self._ask(spec).get("unavailable", ""))
+
+    def turn(self, seconds: float) -> float:
+        """Time steps for so long; milliseconds of the best."""
+        return float(min(self._ask({"seconds": seconds})["ms"]))
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self._process.communicate()
+        self._complaints.seek(0)
+        complaint = self._complaints.read().strip().splitlines()
+        last = complaint[-1] if complaint else f"exit status {self._process.returncode}"
+        if self.name == "tinygpt":
+            raise CompilerBug(f"the timed session ended: {last}")
+        return {"unavailable": f"it ended with: {last}"} if "name" in request else {"ms": [float("inf")]}

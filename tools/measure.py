@@ -1,0 +1,201 @@
+"""Measures, and writes what it measured into the tables of docs/performance.md: when, where, and beside which peak.
+
+    python tools/measure.py speed tiny small --threads 2        training steps beside PyTorch's and JAX's
+    python tools/measure.py speed tiny small --target wasm32
+    python tools/measure.py parity tiny small medium            losses and gradients beside PyTorch's
+    python tools/measure.py memory                              what each preset takes, planned and measured
+    python tools/measure.py learning                            1500 steps of small on TinyShakespeare
+
+Everything is measured through the command line or the public API, in processes of their own. Keep the machine quiet."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import doc_tables
+
+from tinygpt.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+RECORDS = ROOT / "build" / "measured"
+RIVALS = ("torch", "torch.compile", "torch+avx512", "torch.compile+avx512", "jax")
+MIB = 1 << 20
+
+# Run with a bundle's folder: bytes that a session and two training steps add to a process that has loaded the bundle.
+_SESSION_BYTES = """
+import resource, sys
+import numpy as np
+import tinygpt as tg
+bundle = tg.load(sys.argv[1])
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
+session = bundle.session(threads=2)
+shape = (bundle.manifest.batch, bundle.manifest.context)
+for _ in range(2):
+    session.train_step(np.zeros(shape, np.uint8), np.ones(shape, np.uint8))
+print(resident() - before)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "parity", "memory", "learning"))
+    parser.add_argument("presets", nargs="*", metavar="PRESET")
+    parser.add_argument("--target", default="cpp")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data", help="a text; TinyShakespeare if left out")
+    options = parser.parse_args()
+    measured: dict[str, Callable[[argparse.Namespace], str]] = {"speed": speed, "parity": parity, "memory": memory, "learning": learning}
+    suffix = f"-{options.target}-{options.threads}" if options.what == "speed" else ""
+    write(options.what + suffix, measured[options.what](options))
+
+
+def speed(options: argparse.Namespace) -> str:
+    """A row for each preset: ours, each rival, the ratios, and the share of the FMA peak."""
+    command = ["bench", "--target", options.target, "--threads", str(options.threads), "--against", ",".join(RIVALS), "--json"]
+    rows = list(records("speed", [[*command, preset] for preset in options.presets or ("tiny", "small")]))
+    shown = [name for name in RIVALS if any(name in row["rivals"] for row in rows)]
+    heads = ("preset", "ms", "tokens/s", "GFLOP/s", "of the peak", *(f"{name}, ms" for name in shown), *(f"× {name}" for name in shown))
+    cells = [
+        (
+            row["config"], f"{row['ms']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['gflops']:.0f}",
+            f"{row['gflops'] / row['peak_gflops']:.0%} of {row['peak_gflops']:.0f}",
+            *(f"{row['rivals'][name]:.2f}" if name in row["rivals"] else "" for name in shown),
+            *(f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in shown),
+        )
+        for row in rows
+    ]  # fmt: skip
+    if options.target == "cpp":
+        write("summary", summary(rows, options.threads), README)
+    notes = "".join(f"- {row['config']}: {note}\n" for row in rows for note in row.get("notes", ()))
+    return doc_tables.table(heads, cells) + (f"\n{notes}" if notes else "")
+
+
+def summary(rows: Sequence[dict[str, Any]], threads: int) -> str:
+    """The ratios that a newcomer asks for: to the best of each family of rivals."""
+    families = {"PyTorch": ("torch", "torch.compile"), "PyTorch, AVX-512 enabled": ("torch+avx512", "torch.compile+avx512"), "JAX": ("jax",)}
+    shown = {head: names for head, names in families.items() if any(name in row["rivals"] for row in rows for name in names)}
+    cells = []
+    for row in rows:
+        best = [min((row["ratios"][name] for name in names if name in row["ratios"]), default=0.0) for names in shown.values()]
+        cells.append((row["config"], f"{row['ms']:.2f} ms", f"{row['gflops'] / row['peak_gflops']:.0%}", *(f"{ratio:.2f}×" if ratio else "" for ratio in best)))
+    heads = ("preset", f"a training step on {threads} threads", "of the FMA peak", *(f"faster than {head}" for head in shown))
+    return doc_tables.table(heads, cells)
+
+
+def parity(options: argparse.Namespace) -> str:
+    """A row for each preset: the largest differences over 50 steps."""
+    data = ["--data", options.data] if options.data else []
+    command = ["parity", "--target", options.target, "--threads", str(options.threads), "--json", *data]
+    presets = options.presets or ("tiny", "small", "medium")
+    rows = records("parity", [[*command, preset] for preset in presets])
+    cells = [(preset, options.target, f"{row['max_loss_diff']:.1e}", f"{row['max_grad_err']:.1e}") for preset, row in zip(presets, rows, strict=True)]
+    return doc_tables.table(("preset", "target", "largest difference of a loss", "largest relative error of a gradient"), cells)
+
+
+def memory(options: argparse.Namespace) -> str:
+    """A row for each preset: planned pools, and what a session adds to a process. The largest models must fit here."""
+    cells = []
+    for name in options.presets or PRESETS:
+        with tempfile.TemporaryDirectory() as folder:
+            tinygpt("compile", name, "--target", options.target, "--out", folder)
+            manifest = json.loads((Path(folder) / "manifest.json").read_text())
+            pools, plan = manifest["pools"], manifest["memory"]
+            total = sum(pools.values())
+            measured = "more than there is here" if total > 0.9 * available_bytes() else f"{session_bytes(folder) / MIB:,.0f}"
+        sizes = (pools["state"], total - pools["state"], plan["work_live"], plan["work_without_reuse"], total)
+        cells.append((name, *(f"{size / MIB:,.1f}" for size in sizes), measured))
+        print(*cells[-1], sep="\t", flush=True)
+    heads = ("preset", "weights and moments", "work", "alive at the peak", "work without reuse", "in all", "measured")
+    return "Mebibytes.\n\n" + doc_tables.table(heads, cells)
+
+
+def learning(options: argparse.Namespace) -> str:
+    """Validation loss of small over 1500 steps at the default settings, and how long it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder) / "metrics.jsonl"
+        data = ["--data", options.data] if options.data else []
+        began = time.perf_counter()
+        tinygpt(
+            "train", "small", "--target", options.target, "--steps", "1500", "--eval-every", "250", "--threads", str(options.threads),
+            "--out", f"{folder}/small.safetensors", "--metrics", str(metrics), *data,
+        )  # fmt: skip
+        took = time.perf_counter() - began
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    cells = [(row["step"], f"{row['train_loss']:.4f}", f"{row['val_loss']:.4f}") for row in rows if "val_loss" in row]
+    return f"{took:.0f} seconds in all, compiling and evaluating included.\n\n" + doc_tables.table(("step", "training", "validation"), cells)
+
+
+def records(what: str, commands: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """The JSON object that each command prints; kept in build/measured as well."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    with (RECORDS / f"{what}.jsonl").open("a") as kept:
+        for command in commands:
+            line = tinygpt(*command).strip().splitlines()[-1]
+            print(line, flush=True)
+            kept.write(line + "\n")
+            yield json.loads(line)
+
+
+def tinygpt(*arguments: str) -> str:
+    """Run the command line; its standard output. Ends the program where it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "tinygpt", *arguments], stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"tinygpt {' '.join(arguments)} ended with status {done.returncode}")
+    return done.stdout
+
+
+def session_bytes(folder: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", _SESSION_BYTES, folder], stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    return int(done.stdout)
+
+
+def available_bytes() -> int:
+    """Memory that programs can still have, by what Linux says."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def write(name: str, content: str, page: Path = PAGE) -> None:
+    """Put a table into its place on a page, under a line that says when and where it was measured."""
+    text = page.read_text()
+    start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+    if start not in text:
+        text = text.rstrip() + f"\n\n## {name}\n\n{start}{end}\n"
+    before, _, after = text.partition(start)
+    _, _, after = after.partition(end)
+    page.write_text(f"{before}{start}\n{circumstances()}\n\n{content}\n{end}{after}")
+    print(f"wrote {name} into {page.relative_to(ROOT)}")
+
+
+def circumstances() -> str:
+    """When, on what, by what: the first line above a table."""
+    from importlib.metadata import version
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    compiler = subprocess.run([os.environ.get("CXX", "g++"), "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
+    processor = model[1] if model else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return f"*{datetime.date.today()}, commit {commit}, {cores} cores of {processor}, g++ {compiler}, PyTorch {version('torch')}*"
+
+
+if __name__ == "__main__":
+    main()
