@@ -77,11 +77,32 @@ class CompiledKernels:
 
     def run(self, kernel: Kernel, buffers: Sequence[NDArray[Any]], lo: int, hi: int) -> None:
         """Run grid points lo..hi-1, changing the buffers in place. Scratch is aligned as the engine's is."""
-        space = np.full(scratch_elements(kernel) + 32, np.nan, np.float32)
-        scratch = space[-(space.ctypes.data // 4) % 16 :]
-        addresses = (ctypes.c_void_p * len(buffers))(*(array.ctypes.data for array in buffers))
+        scratch = Fenced(np.full(scratch_elements(kernel), np.nan, np.float32), 64)
+        fenced = [Fenced(array, array.itemsize) for array in buffers]
+        addresses = (ctypes.c_void_p * len(buffers))(*(each.array.ctypes.data for each in fenced))
         function = self._library[f"run_{identifier(kernel.name)}"]
-        function(addresses, ctypes.c_void_p(scratch.ctypes.data), ctypes.c_long(lo), ctypes.c_long(hi))
+        function(addresses, ctypes.c_void_p(scratch.array.ctypes.data), ctypes.c_long(lo), ctypes.c_long(hi))
+        assert scratch.whole(), f"{kernel.name} wrote beside its scratch memory"
+        for number, each in enumerate(fenced):
+            assert each.whole(), f"{kernel.name} wrote beside its buffer {number}"
+        for array, each in zip(buffers, fenced, strict=True):
+            array[...] = each.array
+
+
+class Fenced:
+    """A copy of an array in memory where a write beside it is seen. A read a vector long, as pools allow, is none."""
+
+    _FENCE, _FILL = 4096, 0xA5
+
+    def __init__(self, array: NDArray[Any], alignment: int) -> None:
+        space = np.full(array.nbytes + 2 * self._FENCE + alignment, self._FILL, np.uint8)
+        start = self._FENCE + -(space.ctypes.data + self._FENCE) % alignment
+        self._fences = space[:start], space[start + array.nbytes :]
+        self.array = space[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        self.array[...] = array
+
+    def whole(self) -> bool:
+        return all(bool((fence == self._FILL).all()) for fence in self._fences)
 
 
 def _entry(kernel: Kernel) -> str:
