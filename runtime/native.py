@@ -207,7 +207,7 @@ class NativeEngine:
             raise _wrong_processor(folder, f"a processor with {missing}, which this one lacks")
         if self._library.tinygpt_build().decode() != layout_id(manifest):
             raise UserError(
-                f"bundle {folder}: model.cpp and manifest.json disagree on where the tensors lie",
+                f"bundle {folder}: model.cpp and manifest.json disagree on where the tensors lie or what a function launches",
                 hint="one of them was edited: compile the bundle again",
             )
 
@@ -216,12 +216,12 @@ ENGINES = {"cpp": NativeEngine}
 
 
 def layout_id(manifest: Manifest) -> str:
-    """What the library must agree on: pools and functions in order, and where every tensor lies."""
+    """What the library must agree on: pools, functions in order, how many launches each has, where every tensor lies."""
 
     def slots(items: Iterable[Slot]) -> list[list[Any]]:
         return [[s.name, s.dtype, list(s.shape), s.pool, s.offset] for s in items]
 
-    functions = [[name, slots(f.inputs), slots(f.outputs)] for name, f in manifest.functions.items()]
+    functions = [[name, slots(f.inputs), slots(f.outputs), len(f.launches)] for name, f in manifest.functions.items()]
     layout = [list(manifest.pools.items()), slots(manifest.parameters), functions]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 

@@ -199,7 +199,11 @@ def document(built: Plan, strict: bool = False) -> dict[str, Any]:
             for name, (parameter, buffer) in built.parameters.items()
         ],
         "functions": {
-            e.name: {"inputs": [slot(*i) for i in e.inputs], "outputs": [slot(*o) for o in e.outputs], "launches": []}
+            e.name: {
+                "inputs": [slot(*i) for i in e.inputs],
+                "outputs": [slot(*o) for o in e.outputs],
+                "launches": [{"kernel": x.kernel, "barrier": x.barrier, "of": x.of} for x in e.launches],
+            }
             for e in built.entries.values()
         },
     }  # fmt: skip

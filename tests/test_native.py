@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +199,21 @@ def test_a_library_that_needs_what_the_processor_lacks_is_refused(bundle: Path) 
         open_engine(bundle, manifests.load(bundle), 1)
 
 
-def test_an_edited_layout_is_refused(bundle: Path) -> None:
-    document = json.loads((bundle / "manifest.json").read_text())
+def move_an_output(document: dict[str, Any]) -> None:
     document["functions"]["mirror"]["outputs"][0]["offset"] += 64
     document["pools"]["work"] += 64
-    with pytest.raises(UserError, match="disagree on where the tensors lie"):
+
+
+def forget_a_launch(document: dict[str, Any]) -> None:
+    """The profiler would get too little room for its seconds."""
+    document["functions"]["mirror"]["launches"].pop()
+
+
+@pytest.mark.parametrize("edit", [move_an_output, forget_a_launch])
+def test_an_edited_layout_is_refused(bundle: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads((bundle / "manifest.json").read_text())
+    edit(document)
+    with pytest.raises(UserError, match="disagree on where the tensors lie or what a function launches"):
         open_engine(bundle, manifests.parse(json.dumps(document)), 1)
 
 

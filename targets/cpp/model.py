@@ -70,12 +70,15 @@ def print_model(plan: Plan, manifest: Mapping[str, Any], caps: Caps, strict: boo
 
 
 def layout_id(manifest: Mapping[str, Any]) -> str:
-    """What host and compiled code must agree on: the pools and functions in order, and where every tensor lies."""
+    """What host and compiled code must agree on: the pools, the functions in order, how many launches each has, and
+    where every tensor lies."""
 
     def slots(items: list[Mapping[str, Any]]) -> list[list[Any]]:
         return [[s["name"], s["dtype"], list(s["shape"]), s["pool"], s["offset"]] for s in items]
 
-    functions = [[name, slots(f["inputs"]), slots(f["outputs"])] for name, f in manifest["functions"].items()]
+    functions = [
+        [name, slots(f["inputs"]), slots(f["outputs"]), len(f["launches"])] for name, f in manifest["functions"].items()
+    ]
     layout = [list(manifest["pools"].items()), slots(manifest["parameters"]), functions]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
