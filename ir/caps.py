@@ -18,6 +18,7 @@ class Caps:
     registers: int = 16
     register_tile: tuple[int, int] = (6, 2)  # rows, vectors of columns of a dot's accumulators
     unroll: int = 1  # of the contraction loop
+    inner_block: int = 0  # steps of a contraction after which sums wait in memory while a panel's part is reused; 0: never
     splat: str = "load"  # how a scalar of the left operand reaches all lanes: "load", or "shuffle" of a vector of four
     panel_rows: bool = False  # whether the left operand is turned into k-major panels first
     fma: bool = True

@@ -2,13 +2,15 @@
 
 The right operand is packed where its load is met, so a load outside a loop is packed once: panels of NV vectors of
 columns, k-major, so that the inner loop reads it front to back. The left operand is read in place; with static strides
-its rows are constant displacements. MR x NV accumulators stay in registers over all of k. An epilogue runs the
-ordinary segment code on each finished block while it is in the L1 cache."""
+its rows are constant displacements. MR x NV accumulators stay in registers over all of k, or over a block of it as long
+as the profile says, so that the part of a panel that a block reads stays in the L1 cache from one block of rows to the
+next; between two blocks of k the sums wait in memory, so the order of additions, and with it the bits, is the same. An
+epilogue runs the ordinary segment code on each finished block while it is in the L1 cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tinygpt.ir.core import Op, Value
@@ -35,12 +37,31 @@ class Panel:
 
 @dataclass(frozen=True)
 class Operand:
-    """Where an operand of a product lies: element (r, c) at pointer + r*rows + c*cols, or in row panels `panel` apart."""
+    """Where an operand of a product lies: element (r, c) at pointer + r*rows + c*cols, or in row panels `panel` apart.
+    `is_block` says that only the block of the contraction at hand is there."""
 
     pointer: Value
     rows: int
     cols: int
     panel: int = 0
+    is_block: bool = False
+
+
+@dataclass(frozen=True)
+class TurnedRows:
+    """A left operand that is packed a block of the contraction at a time: `fill(start, length)` packs one."""
+
+    operand: Operand
+    fill: Callable[[Index, Index], None]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks of a contraction, each `size` long but for the last: from `first` up to `end`."""
+
+    first: int
+    end: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -71,21 +92,28 @@ class DotLowering:
         return any(u.name == "dot" and u.operands[position] is value for u in self.readers.get(value, []))
 
     def panel_copy(self: CpuLowering, op: Op, p: Panel) -> Value:
-        """[outer / width][inner][width], the last panel padded with zeros. Elements that are contiguous along `inner` are
-        transposed in registers, squares of lanes x lanes at a time."""
+        """All of an operand in panels: [outer / width][inner][width]."""
+        home = self.b.scratch(ceil_div(p.outer.size, p.width) * p.inner.size * p.width, hint="panel")
+        self.fill_panels(op, p, home, p.inner.size * p.width, Index.of(0), self.live(p.inner))
+        return home
+
+    def fill_panels(self: CpuLowering, op: Op, p: Panel, home: Value, pitch: int, start: Index, k: Index) -> None:
+        """Copy elements start, …, start + k - 1 of the contracted axis into panels `pitch` apart, the last panel padded
+        with zeros. Elements that are contiguous along `inner` are transposed in registers, squares of lanes x lanes at a
+        time. Panels narrower than a vector need a vector's room behind them."""
         w, width = self.lanes, p.width
-        home = self.b.scratch(ceil_div(p.outer.size, width) * p.inner.size * width, hint="panel")
-        source = self.b.advance(self.buffers[op.operands[0]], self.first_element(op), hint=op.operands[0].hint)
-        k, n = self.live(p.inner), self.live(p.outer)
-        pitch = p.inner.size * width
+        first = self.b.advance(self.buffers[op.operands[0]], self.first_element(op), hint=op.operands[0].hint)
+        source = self.b.advance(first, start * p.by_inner)
+        n = self.live(p.outer)
         zero = self.b.const(0.0, VectorType("f32", w) if w > 1 else ScalarType("f32"))
 
         def clear(panel: Index) -> None:
             start = self.b.advance(home, panel * pitch)
             self.b.loop(0, pitch, w, lambda z: self.b.store(start, zero, z), stem="z")
 
-        if not (p.outer.exact and p.outer.size % width == 0):
-            self.b.loop(n // width, (n + (width - 1)) // width, 1, clear, stem="p")
+        def clear_last() -> None:
+            if not (p.outer.exact and p.outer.size % width == 0):
+                self.b.loop(n // width, (n + (width - 1)) // width, 1, clear, stem="p")
 
         def place(c: Index) -> Value:
             """The top of outer element c in its panel."""
@@ -111,16 +139,34 @@ class DotLowering:
             self.b.loop(0, whole, w, square, stem="k")
             self.b.loop(whole, k, 1, line, stem="k")
 
+        def line(r: Index, panels: Index) -> None:
+            """One step of the contraction in so many whole panels. What a store leaves behind its place, the next overwrites."""
+            target, corner = self.b.advance(home, r * width), self.b.advance(source, r * p.by_inner)
+            self.b.loop(0, panels, 1, lambda c: self.b.store(target, self.b.load(corner, c * width, w), c * pitch), stem="p")
+
+        def end_of_line(c: Index) -> None:
+            """The last line of a panel, element by element: a vector might leave the buffer."""
+            target, corner = place(c), self.b.advance(source, c * p.by_outer)
+            self.b.store(target, self.b.load(corner, (k - 1) * p.by_inner), (k - 1) * width)
+
         def single(c: Index) -> None:
             target, corner = place(c), self.b.advance(source, c * p.by_outer)
             self.b.loop(0, k, 1, lambda r: self.b.store(target, self.b.load(corner, r * p.by_inner), r * width), stem="k")
 
-        vectors = w > 1 and width % w == 0 and (p.by_outer == 1 or p.by_inner == 1)
-        full = n // w * w if vectors else Index.of(0)
-        if vectors:
+        if w > 1 and width < w and p.by_outer == 1:
+            full = n // width * width
+            self.b.loop(0, k - 1, 1, lambda r: line(r, n // width), stem="k")
+            line(k - 1, Index.maximum(0, n // width - 1))
+            self.b.loop(Index.maximum(0, full - width), full, 1, end_of_line, stem="c")
+            clear_last()
+        elif w > 1 and width % w == 0 and (p.by_outer == 1 or p.by_inner == 1):
+            full = n // w * w
+            clear_last()
             self.b.loop(0, n // w, 1, copied if p.by_outer == 1 else turned, stem="v")
+        else:
+            full = Index.of(0)
+            clear_last()
         self.b.loop(full, n, 1, single, stem="c")
-        return home
 
     def start_value(self: CpuLowering, acc: Value) -> float | None:
         """The number an accumulator starts from, if it is one everywhere."""
@@ -138,35 +184,93 @@ class DotLowering:
         cols = b.type.cols
         left = self.left_operand(a)
         right = self.right_operand(b, inner)
-        target = self.target_of(op, acc, epilogue, rows, cols)
+        spans = self.spans(inner)
+        target = self.target_of(op, acc, epilogue, rows, cols, tall=len(spans) > 1)
         xi, xj = self.live(rows), self.live(cols)
         width = self.panel_width
-        plain = bool(epilogue) and target.pointer not in self.blocks
+        in_block = target.pointer in self.blocks
         whole = cols.size // width if cols.exact else None
 
-        def panel(n: Index, vectors: int, is_whole: bool) -> None:
-            b_pointer = self.b.advance(right.pointer, n * right.rows)
+        def panels(body: Callable[[Index, int, bool], None]) -> None:
+            """For every panel of columns: its number, its vectors, and whether it is known to lie inside the tile."""
+            most = self.caps.register_tile[1]
+            if whole is None:
+                self.b.loop(0, (xj + (width - 1)) // width, 1, lambda n: body(n, most, False), stem="j")
+                return
+            self.b.loop(0, whole, 1, lambda n: body(n, most, True), stem="j")
+            if cols.size % width:
+                body(Index.of(whole), ceil_div(cols.size % width, self.lanes), False)
+
+        def stretches(span: Span, body: Callable[[Index, Index], None]) -> None:
+            """For every block of a span: where in the contraction it begins, and how long it is."""
+            if span.end - span.first > span.size:
+                self.b.loop(span.first, span.end, span.size, lambda k: body(k, Index.of(span.size)), stem="k")
+            else:
+                body(Index.of(span.first), Index.of(span.end - span.first) if len(spans) > 1 else self.live(inner))
+
+        def panel(n: Index, vectors: int, is_whole: bool, span: Span, k: Index, trips: Index, left: Operand) -> None:
+            """All rows of a panel of columns, over one block of the contraction."""
+            b_pointer = self.b.advance(right.pointer, n * right.rows + k * right.cols)
+            goal = replace(target, resumes=target.resumes or span.first > 0)
+
+            def block(i: Index, mr: int) -> None:
+                mr_full = self.caps.register_tile[0]
+                a_at = i // mr_full * left.panel + i % mr_full if left.panel else i * left.rows
+                a_pointer = self.b.advance(left.pointer, a_at + (0 if left.is_block else k * left.cols))
+                c_at = (i * width if len(spans) > 1 else 0) if in_block else i * target.pitch + n * width
+                c_pointer = self.b.advance(target.pointer, c_at)
+                self.micro(mr, vectors, c_pointer, goal, a_pointer, left, b_pointer, right.cols, trips)
+                if in_block and span is spans[-1]:
+                    self.stored[op.result] = self.block_storage(c_pointer, width, i, n * width)
+                    end = n * width + width if is_whole else Index.minimum(n * width + width, xj)
+                    self.segment(epilogue, Window((i, i + mr), (n * width, end)))
+
             for mr, low, high in self.row_parts(xi):
-                self.b.loop(low, high, mr, lambda i, mr=mr: block(i, n, mr, vectors, b_pointer, is_whole), stem="i")  # type: ignore[misc]
+                self.b.loop(low, high, mr, lambda i, mr=mr: block(i, mr), stem="i")  # type: ignore[misc]
 
-        def block(i: Index, n: Index, mr: int, vectors: int, b_pointer: Value, n_is_whole: bool) -> None:
-            mr_full = self.caps.register_tile[0]
-            a_at = i // mr_full * left.panel + i % mr_full if left.panel else i * left.rows
-            a_pointer = self.b.advance(left.pointer, a_at)
-            in_block = target.pointer in self.blocks
-            c_pointer = target.pointer if in_block else self.b.advance(target.pointer, i * target.pitch + n * width)
-            self.micro(mr, vectors, c_pointer, target, a_pointer, left, b_pointer, right.cols, self.live(inner))
-            if epilogue and not plain:
-                self.stored[op.result] = self.block_storage(target.pointer, width, i, n * width)
-                end = n * width + width if n_is_whole else Index.minimum(n * width + width, xj)
-                self.segment(epilogue, Window((i, i + mr), (n * width, end)))
+        if in_block:
 
-        if whole is None:
-            self.b.loop(0, (xj + (width - 1)) // width, 1, lambda n: panel(n, self.caps.register_tile[1], False), stem="j")
+            def all_spans(n: Index, vectors: int, is_whole: bool) -> None:
+                for span in spans:
+                    stretches(span, lambda k, trips, span=span: panel(n, vectors, is_whole, span, k, trips, left))  # type: ignore[misc]
+
+            panels(all_spans)
             return
-        self.b.loop(0, whole, 1, lambda n: panel(n, self.caps.register_tile[1], True), stem="j")
-        if cols.size % width:
-            panel(Index.of(whole), ceil_div(cols.size % width, self.lanes), False)
+        turned = self.turned_rows(a, left, cols, spans)
+        for span in spans:
+
+            def stretch(k: Index, trips: Index, span: Span = span) -> None:
+                if turned is not None:
+                    turned.fill(k, trips)
+                used = turned.operand if turned is not None else left
+                panels(lambda n, vectors, is_whole: panel(n, vectors, is_whole, span, k, trips, used))
+
+            stretches(span, stretch)
+
+    def spans(self: CpuLowering, inner: Dim) -> list[Span]:
+        """The contraction in blocks of nearly equal length: the first, those between, the last. One where it is short."""
+        most = self.caps.inner_block
+        if not most or not inner.exact or inner.size <= most + most // 2:
+            return [Span(0, inner.size, inner.size)]
+        count = ceil_div(inner.size, most)
+        size = ceil_div(ceil_div(inner.size, count), 16) * 16
+        last = (ceil_div(inner.size, size) - 1) * size
+        between = [Span(size, last, size)] if last > size else []
+        return [Span(0, size, size), *between, Span(last, inner.size, size)]
+
+    def turned_rows(self: CpuLowering, a: Value, left: Operand, cols: Dim, spans: list[Span]) -> TurnedRows | None:
+        """Row panels for one block of a left operand whose rows are columns in memory: read in place, an element of the
+        contraction would cost a cache line for each block of rows. Not for a single panel of columns, which reads them once."""
+        if len(spans) == 1 or left.cols == 1 or left.panel or a in self.stored or cols.size <= self.panel_width:
+            return None
+        op = self.makers[a]
+        height, size = self.caps.register_tile[0], spans[0].size
+        rows, inner = a.type.dims
+        by_row, by_col = op.attrs["strides"]
+        pitch = size * height + (self.lanes if height < self.lanes else 0)
+        home = self.b.scratch(ceil_div(rows.size, height) * pitch, hint="rows")
+        panel = Panel(inner, rows, by_col, by_row, height)
+        return TurnedRows(Operand(home, 1, height, pitch, is_block=True), lambda k, trips: self.fill_panels(op, panel, home, pitch, k, trips))
 
     def row_parts(self: CpuLowering, rows: Index) -> list[tuple[int, Index, Index]]:
         """(rows a block, from, to): whole blocks, then smaller ones for what is left."""
@@ -198,16 +302,17 @@ class DotLowering:
         home = self.stored[b]
         return Operand(home.pointer, self.panel_width, home.rows)
 
-    def target_of(self: CpuLowering, op: Op, acc: Value, epilogue: Sequence[Op], rows: Dim, cols: Dim) -> Target:
-        """Straight to memory when the epilogue is one store of whole vectors, else a block in scratch for the epilogue,
-        else the value's own place in scratch."""
+    def target_of(self: CpuLowering, op: Op, acc: Value, epilogue: Sequence[Op], rows: Dim, cols: Dim, tall: bool) -> Target:
+        """Straight to memory when the epilogue is one store of whole vectors, else a block in scratch for the epilogue (or
+        a column of blocks, where all wait for the next block of the contraction), else the value's own place in scratch."""
         starts_from = self.start_value(acc)
         if epilogue and starts_from is not None:
             if len(epilogue) == 1 and epilogue[0].operands[1] is op.result and cols.exact and cols.size % self.lanes == 0:
                 store = epilogue[0]
                 pointer = self.b.advance(self.buffers[store.operands[0]], self.first_element(store), hint=store.operands[0].hint)
                 return Target(pointer, store.attrs["strides"][0], False, starts_from)
-            block = self.b.scratch(self.caps.register_tile[0] * self.panel_width, hint="block")
+            height = self.caps.register_tile[0]
+            block = self.b.scratch((ceil_div(rows.size, height) * height if tall else height) * self.panel_width, hint="block")
             self.blocks.add(block)
             return Target(block, self.panel_width, False, starts_from)
         home = self.wanted.get(op.result)

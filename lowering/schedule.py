@@ -45,7 +45,8 @@ def cpu_contraction(extents: Mapping[str, int], caps: Caps) -> Schedule:
     tile_rows, vectors = caps.register_tile
     panel = vectors * caps.lanes
     block_inner = inner if inner <= LONGEST_CONTRACTION else even_blocks(inner, 2048, 16)
-    block_columns = even_blocks(columns, max(panel, 96 * 1024 // block_inner // panel * panel), panel)
+    reused = min(block_inner, caps.inner_block or block_inner)
+    block_columns = even_blocks(columns, max(panel, 96 * 1024 // reused // panel * panel), panel)
     shares = 8 if rows >= 64 * tile_rows else 4 if rows >= 16 * tile_rows else 2
     block_rows = even_blocks(rows, max(tile_rows, ceil_div(rows, shares)), tile_rows)
     return Schedule({"tile": (block_rows, block_columns, block_inner), "lanes": 16}, {"reg": caps.register_tile})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.lowered import (
-    CPU_PROFILES, NARROW, PANELS, WIDE, largest_difference, op_module, passes_until, random_buffers, small_model, tiled,
+    BLOCKS, CPU_PROFILES, NARROW, PANELS, WIDE, largest_difference, op_module, passes_until, random_buffers, small_model, tiled,
 )  # fmt: skip
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Kernel
@@ -95,3 +95,4 @@ def test_bits_depend_on_the_schedule_not_on_vectors_panels_or_parts() -> None:
         assert outputs(kernel, NARROW, buffers) == expected, kernel.name
         assert outputs(kernel, PANELS, buffers) == expected, kernel.name
         assert outputs(kernel, replace(WIDE, register_tile=(8, 3)), buffers, parts=3) == expected, kernel.name
+        assert outputs(kernel, BLOCKS, buffers) == expected, kernel.name

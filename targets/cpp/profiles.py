@@ -15,6 +15,9 @@ from tinygpt.ir.caps import Caps
 _TILE_32 = (12, 2)
 _TILE_16 = (6, 2)
 
+# A panel of 32 columns then has 32 KiB in the L1 cache.
+_INNER_BLOCK = 256
+
 _NEEDED_512 = ("avx2", "fma", "avx512f")
 _NEEDED_256 = ("avx2", "fma")
 
@@ -33,6 +36,7 @@ def native(machine: str, features: Collection[str]) -> Caps:
                 lanes=lanes,
                 registers=registers,
                 register_tile=tile,
+                inner_block=_INNER_BLOCK,
                 threads=threads,
                 features=frozenset(needed),
             )
