@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.types import Dim, ScalarType, VectorType
-from tinygpt.lowering.cpu_segment import Window
-
-if TYPE_CHECKING:
-    from tinygpt.lowering.cpu import CpuLowering
+from tinygpt.lowering.cpu_segment import SegmentLowering, Window
 
 SMALL_BLOCK = 4  # rows of the kernel for what a number of rows unknown at compile time leaves over
 
@@ -74,10 +70,10 @@ class Target:
     start: float
 
 
-class DotLowering:
-    """Lowers products; mixed into the strategy, whose state it uses."""
+class DotLowering(SegmentLowering):
+    """Lowers products."""
 
-    def pack(self: CpuLowering, op: Op) -> None:
+    def pack(self, op: Op) -> None:
         """Copy an operand of a product into panels: the right one by columns, the left one by rows where the device
         wants that."""
         value = op.results[0]
@@ -88,16 +84,16 @@ class DotLowering:
         if self.caps.panel_rows and self.is_operand(value, 1):
             self.row_panels[value] = self.panel_copy(op, Panel(cols, rows, by_col, by_row, self.caps.register_tile[0]))
 
-    def is_operand(self: CpuLowering, value: Value, position: int) -> bool:
+    def is_operand(self, value: Value, position: int) -> bool:
         return any(u.name == "dot" and u.operands[position] is value for u in self.readers.get(value, []))
 
-    def panel_copy(self: CpuLowering, op: Op, p: Panel) -> Value:
+    def panel_copy(self, op: Op, p: Panel) -> Value:
         """All of an operand in panels: [outer / width][inner][width]."""
         home = self.b.scratch(ceil_div(p.outer.size, p.width) * p.inner.size * p.width, hint="panel")
         self.fill_panels(op, p, home, p.inner.size * p.width, Index.of(0), self.live(p.inner))
         return home
 
-    def fill_panels(self: CpuLowering, op: Op, p: Panel, home: Value, pitch: int, start: Index, k: Index) -> None:
+    def fill_panels(self, op: Op, p: Panel, home: Value, pitch: int, start: Index, k: Index) -> None:
         """Copy elements start, …, start + k - 1 of the contracted axis into panels `pitch` apart, the last panel padded
         with zeros. Elements that are contiguous along `inner` are transposed in registers, squares of lanes x lanes at a
         time. Panels narrower than a vector need a vector's room behind them."""
@@ -168,16 +164,16 @@ class DotLowering:
             clear_last()
         self.b.loop(full, n, 1, single, stem="c")
 
-    def start_value(self: CpuLowering, acc: Value) -> float | None:
+    def start_value(self, acc: Value) -> float | None:
         """The number an accumulator starts from, if it is one everywhere."""
         maker = self.makers.get(acc)
         return float(maker.attrs["value"]) if maker is not None and maker.name == "fill" else None
 
     @property
-    def panel_width(self: CpuLowering) -> int:
+    def panel_width(self) -> int:
         return self.caps.register_tile[1] * self.lanes
 
-    def dot(self: CpuLowering, op: Op, epilogue: Sequence[Op]) -> None:
+    def dot(self, op: Op, epilogue: Sequence[Op]) -> None:
         """acc + a @ b, block by block; the epilogue's ops run on each block."""
         acc, a, b = op.operands
         rows, inner = a.type.dims
@@ -226,7 +222,7 @@ class DotLowering:
                     self.segment(epilogue, Window((i, i + mr), (n * width, end)))
 
             for mr, low, high in self.row_parts(xi):
-                self.b.loop(low, high, mr, lambda i, mr=mr: block(i, mr), stem="i")  # type: ignore[misc]
+                self.b.loop(low, high, mr, lambda i, mr=mr: block(i, mr), stem="i")
 
         if in_block:
 
@@ -247,7 +243,7 @@ class DotLowering:
 
             stretches(span, stretch)
 
-    def spans(self: CpuLowering, inner: Dim) -> list[Span]:
+    def spans(self, inner: Dim) -> list[Span]:
         """The contraction in blocks of nearly equal length: the first, those between, the last. One where it is short."""
         most = self.caps.inner_block
         if not most or not inner.exact or inner.size <= most + most // 2:
@@ -258,7 +254,7 @@ class DotLowering:
         between = [Span(size, last, size)] if last > size else []
         return [Span(0, size, size), *between, Span(last, inner.size, size)]
 
-    def turned_rows(self: CpuLowering, a: Value, left: Operand, cols: Dim, spans: list[Span]) -> TurnedRows | None:
+    def turned_rows(self, a: Value, left: Operand, cols: Dim, spans: list[Span]) -> TurnedRows | None:
         """Row panels for one block of a left operand whose rows are columns in memory: read in place, an element of the
         contraction would cost a cache line for each block of rows. Not for a single panel of columns, which reads them once."""
         if len(spans) == 1 or left.cols == 1 or left.panel or a in self.stored or cols.size <= self.panel_width:
@@ -272,7 +268,7 @@ class DotLowering:
         panel = Panel(inner, rows, by_col, by_row, height)
         return TurnedRows(Operand(home, 1, height, pitch, is_block=True), lambda k, trips: self.fill_panels(op, panel, home, pitch, k, trips))
 
-    def row_parts(self: CpuLowering, rows: Index) -> list[tuple[int, Index, Index]]:
+    def row_parts(self, rows: Index) -> list[tuple[int, Index, Index]]:
         """(rows a block, from, to): whole blocks, then smaller ones for what is left."""
         mr = self.caps.register_tile[0]
         full = rows // mr * mr
@@ -284,7 +280,7 @@ class DotLowering:
         middle = full + (rows - full) // small * small
         return [*parts, (small, full, middle), (1, middle, rows)]
 
-    def left_operand(self: CpuLowering, a: Value) -> Operand:
+    def left_operand(self, a: Value) -> Operand:
         if a in self.row_panels:
             height = self.caps.register_tile[0]
             return Operand(self.row_panels[a], 1, height, a.type.cols.size * height)
@@ -295,14 +291,14 @@ class DotLowering:
         pointer = self.b.advance(self.buffers[op.operands[0]], self.first_element(op), hint=op.operands[0].hint)
         return Operand(pointer, *op.attrs["strides"])
 
-    def right_operand(self: CpuLowering, b: Value, inner: Dim) -> Operand:
+    def right_operand(self, b: Value, inner: Dim) -> Operand:
         """Panels: `rows` is the distance between panels, `cols` the distance from one k to the next."""
         if b in self.panels:
             return Operand(self.panels[b], inner.size * self.panel_width, self.panel_width)
         home = self.stored[b]
         return Operand(home.pointer, self.panel_width, home.rows)
 
-    def target_of(self: CpuLowering, op: Op, acc: Value, epilogue: Sequence[Op], rows: Dim, cols: Dim, tall: bool) -> Target:
+    def target_of(self, op: Op, acc: Value, epilogue: Sequence[Op], rows: Dim, cols: Dim, tall: bool) -> Target:
         """Straight to memory when the epilogue is one store of whole vectors, else a block in scratch for the epilogue (or
         a column of blocks, where all wait for the next block of the contraction), else the value's own place in scratch."""
         starts_from = self.start_value(acc)
@@ -324,7 +320,7 @@ class DotLowering:
         return Target(home.pointer, home.rows, starts_from is None, starts_from or 0.0)
 
     def micro(
-        self: CpuLowering, mr: int, vectors: int, c: Value, target: Target, a: Value, left: Operand, b: Value, b_step: int, trips: Index
+        self, mr: int, vectors: int, c: Value, target: Target, a: Value, left: Operand, b: Value, b_step: int, trips: Index
     ) -> None:
         """The innermost kernel: mr x vectors accumulators over all of k."""
         w = self.lanes
@@ -363,7 +359,7 @@ class DotLowering:
 
         self.b.outline("micro", [c, a, b], sorted(trips.variables()), body)
 
-    def row_splats(self: CpuLowering, pa: Value, left: Operand, mr: int, u: int) -> Iterator[Value]:
+    def row_splats(self, pa: Value, left: Operand, mr: int, u: int) -> Iterator[Value]:
         """Element u of each of mr rows in all lanes: loaded one by one, or from row panels a vector at a time."""
         w = self.lanes
         by_vector = bool(left.panel) and self.caps.splat == "shuffle" and mr % w == 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.errors import CompilerBug
@@ -20,9 +19,7 @@ from tinygpt.ir.polynomials import definitions
 from tinygpt.ir.scalar import TRANSCENDENTAL, expand
 from tinygpt.ir.tile import IDENTITY, STRUCTURAL
 from tinygpt.ir.types import Dim, ScalarType, VectorType
-
-if TYPE_CHECKING:
-    from tinygpt.lowering.cpu import CpuLowering, Stored
+from tinygpt.lowering.cpu_values import CpuValues, Stored
 
 COMBINE = {"sum": "add", "max": "max"}
 UNROLLED = 2  # trips of a loop over columns that are written out
@@ -60,10 +57,10 @@ class Point:
     inner: dict[object, Value] = field(default_factory=dict)
 
 
-class SegmentLowering:
-    """Lowers segments; mixed into the strategy, whose state it uses."""
+class SegmentLowering(CpuValues):
+    """Lowers segments."""
 
-    def segment(self: CpuLowering, ops: Sequence[Op], window: Window | None = None) -> None:
+    def segment(self, ops: Sequence[Op], window: Window | None = None) -> None:
         """Lower a run of pointwise ops, reductions and stores."""
         if not ops:
             return
@@ -92,11 +89,11 @@ class SegmentLowering:
         for op, home in turned:
             self.turned_store(op, home)
 
-    def copies(self: CpuLowering, pairs: Sequence[tuple[Value, Stored]]) -> None:
+    def copies(self, pairs: Sequence[tuple[Value, Stored]]) -> None:
         """Write values to homes in scratch."""
         self.run_items([Item("keep", value, None, home) for value, home in pairs], (), None)
 
-    def run_items(self: CpuLowering, items: list[Item], inside: Collection[Op], window: Window | None) -> None:
+    def run_items(self, items: list[Item], inside: Collection[Op], window: Window | None) -> None:
         if not items:
             return
         self.inside = inside
@@ -124,7 +121,7 @@ class SegmentLowering:
         source = item.op.operands[0] if item.kind == "reduce" and item.op else item.value
         return source.type.dims  # type: ignore[no-any-return]
 
-    def level_of(self: CpuLowering, value: Value) -> int:
+    def level_of(self, value: Value) -> int:
         if value not in self.levels:
             op = self.makers.get(value)
             if op is None or op not in self.inside:
@@ -134,15 +131,15 @@ class SegmentLowering:
                 self.levels[value] = below + (op.name == "reduce")
         return self.levels[value]
 
-    def item_level(self: CpuLowering, item: Item) -> int:
+    def item_level(self, item: Item) -> int:
         return self.level_of(item.value) - (item.kind == "reduce")
 
-    def is_expression(self: CpuLowering, value: Value) -> bool:
+    def is_expression(self, value: Value) -> bool:
         """Whether a value is computed where it is read (and not read from memory)."""
         op = self.makers.get(value)
         return op is not None and value not in self.stored and (op in self.inside or self.is_lazy(value))
 
-    def values_crossing_levels(self: CpuLowering, items: list[Item]) -> list[Value]:
+    def values_crossing_levels(self, items: list[Item]) -> list[Value]:
         """Values with a transcendental in them that are needed again behind a reduction: computed once, kept."""
         found = []
         for op in self.inside:
@@ -154,12 +151,12 @@ class SegmentLowering:
                 found.append(value)
         return found
 
-    def use_level(self: CpuLowering, user: Op) -> int:
+    def use_level(self, user: Op) -> int:
         if user.name == "store":
             return self.level_of(user.operands[1])
         return self.level_of(user.results[0]) - (user.name == "reduce")
 
-    def is_costly(self: CpuLowering, value: Value) -> bool:
+    def is_costly(self, value: Value) -> bool:
         """Whether the op itself evaluates a transcendental."""
         op = self.makers[value]
         definition = OPS[op.name]
@@ -167,7 +164,7 @@ class SegmentLowering:
         expression = definition.trace([v.type.dtype for v in op.operands], dict(op.attrs))
         return any(x.op in TRANSCENDENTAL for x in expression.walk())
 
-    def leaves(self: CpuLowering, items: list[Item]) -> list[Value]:
+    def leaves(self, items: list[Item]) -> list[Value]:
         """Loads that the items read element by element."""
         found: dict[Value, None] = {}
         seen: set[Value] = set()
@@ -188,7 +185,7 @@ class SegmentLowering:
         return list(found)
 
     # -- loops
-    def over_rows(self: CpuLowering, rows: Dim | None, items: list[Item], window: Window | None) -> None:
+    def over_rows(self, rows: Dim | None, items: list[Item], window: Window | None) -> None:
         """Rows outside, vectors of columns inside."""
         low, high = window.rows if window and rows is not None else (Index.of(0), self.live(rows))
         pointers: dict[object, Value] = {}
@@ -215,7 +212,7 @@ class SegmentLowering:
 
         self.b.loop(low, high, 1, lambda r: row(r), stem="r")
 
-    def column_loop(self: CpuLowering, cols: Dim, items: list[Item], at: Point, level: int, window: Window | None) -> None:
+    def column_loop(self, cols: Dim, items: list[Item], at: Point, level: int, window: Window | None) -> None:
         """One pass over the columns of a row: whole vectors, then what is left one by one."""
         low, high = window.cols if window else (Index.of(0), self.live(cols))
         at.level = level
@@ -257,7 +254,7 @@ class SegmentLowering:
                 total = self.b.primitive(COMBINE[kinds[k]], [total, tails[k]])
             at.outer[item.value] = total
 
-    def unrolled(self: CpuLowering, low: Index, high: Index, step: int, body: Callable[..., list[Value]], carried: list[Value]) -> list[Value]:
+    def unrolled(self, low: Index, high: Index, step: int, body: Callable[..., list[Value]], carried: list[Value]) -> list[Value]:
         """A loop over columns; a few trips are written out, so that what they share leaves the loop over rows."""
         trips = (high - low).constant // step if (high - low).is_constant else UNROLLED + 1
         if trips > UNROLLED:
@@ -266,7 +263,7 @@ class SegmentLowering:
             carried = body(low + n * step, *carried)
         return carried
 
-    def folded(self: CpuLowering, vectors: list[Value], kind: str) -> Value:
+    def folded(self, vectors: list[Value], kind: str) -> Value:
         """All lanes of the partial results as one number: lane i with lane i + half, until one is left."""
         while len(vectors) > 1:
             half = len(vectors) // 2
@@ -274,7 +271,7 @@ class SegmentLowering:
         (v,) = vectors
         return self.b.pure("fold", [v], ScalarType(v.type.dtype), kind=kind) if isinstance(v.type, VectorType) else v
 
-    def over_columns(self: CpuLowering, cols: Dim | None, items: list[Item], window: Window | None) -> None:
+    def over_columns(self, cols: Dim | None, items: list[Item], window: Window | None) -> None:
         """Vectors of columns outside, rows inside: reductions are vertical."""
         high = self.live(cols)
         pointers: dict[object, Value] = {}
@@ -307,12 +304,12 @@ class SegmentLowering:
         at = Index.of(0)
         for step, vectors in ((wide, COLUMN_VECTORS), (self.lanes, 1)):
             upto = high // step * step
-            self.b.loop(at, upto, step, lambda c, n=vectors: columns(c, self.lanes, n), stem="c")  # type: ignore[misc]
+            self.b.loop(at, upto, step, lambda c, n=vectors: columns(c, self.lanes, n), stem="c")
             at = upto
         if self.lanes > 1:
             self.b.loop(at, high, 1, lambda c: columns(c, 1, 1), stem="c")
 
-    def row_loop(self: CpuLowering, rows: Dim, items: list[Item], points: list[Point], level: int) -> None:
+    def row_loop(self, rows: Dim, items: list[Item], points: list[Point], level: int) -> None:
         """One pass over the rows for some vectors of columns."""
         for point in points:
             point.level = level
@@ -344,15 +341,15 @@ class SegmentLowering:
                 point.outer[item.value] = totals[k * len(points) + n]
 
     # -- values
-    def preload(self: CpuLowering, items: list[Item], point: Point, axis: int) -> None:
+    def preload(self, items: list[Item], point: Point, axis: int) -> None:
         """Read what does not vary along the inner axis from memory before anything is written over it."""
         for op in self.inside:
             for v in op.operands:
-                if v in self.stored and v.type.dims[axis] is None and v.type.dims[1 - axis] is not None and op not in self.buffers:
+                if v in self.stored and v.type.dims[axis] is None and v.type.dims[1 - axis] is not None:
                     if any(self.domain(i)[1 - axis] == v.type.dims[1 - axis] for i in items):
                         self.value(v, point)
 
-    def prepare_item(self: CpuLowering, item: Item, point: Point) -> None:
+    def prepare_item(self, item: Item, point: Point) -> None:
         """Evaluate what an item needs from outside the inner loop: parts of its expression, and where it is written."""
         self.prepare(item.op.operands[0] if item.kind == "reduce" and item.op else item.value, point)
         if item.kind == "store" and item.op is not None:
@@ -360,7 +357,7 @@ class SegmentLowering:
         elif item.kind == "keep" and item.home is not None:
             self.stored_pointer(item.home, point)
 
-    def prepare(self: CpuLowering, value: Value, point: Point) -> None:
+    def prepare(self, value: Value, point: Point) -> None:
         """Evaluate, outside the inner loop, every part of an expression that does not vary along the inner axis."""
         if value in self.buffers:
             return
@@ -376,17 +373,17 @@ class SegmentLowering:
         for v in op.operands:
             self.prepare(v, point)
 
-    def reads_crossing(self: CpuLowering, value: Value, point: Point) -> bool:
+    def reads_crossing(self, value: Value, point: Point) -> bool:
         return value in self.crossing and point.level > self.level_of(value)
 
-    def value(self: CpuLowering, value: Value, point: Point) -> Value:
+    def value(self, value: Value, point: Point) -> Value:
         """A tile value at a point: a scalar, or a vector along the columns."""
         memo = point.outer if value.type.dims[point.inner_axis] is None else point.inner
         if value not in memo:
             memo[value] = self.evaluated(value, point)
         return memo[value]
 
-    def evaluated(self: CpuLowering, value: Value, point: Point) -> Value:
+    def evaluated(self, value: Value, point: Point) -> Value:
         width = point.width if value.type.cols is not None else 1
         if self.reads_crossing(value, point):
             return self.read_stored(self.crossing[value], point, width)
@@ -415,7 +412,7 @@ class SegmentLowering:
         expression = expand(definition.trace([v.type.dtype for v in op.operands], dict(op.attrs)), definitions(self.caps.native))
         return self.b.formula(expression, operands)
 
-    def leave(self: CpuLowering, item: Item, point: Point) -> None:
+    def leave(self, item: Item, point: Point) -> None:
         """Write a store's or a kept value's elements at a point."""
         if item.kind == "reduce":
             return
@@ -431,7 +428,7 @@ class SegmentLowering:
             self.b.store(self.stored_pointer(item.home, point), x, self.stored_offset(item.home, point))
 
     # -- addresses: a pointer that moves with the outer loop, an offset with the inner one
-    def prepare_pointers(self: CpuLowering, item: Item, pointers: dict[object, Value]) -> None:
+    def prepare_pointers(self, item: Item, pointers: dict[object, Value]) -> None:
         """Take the part of each address that no loop of the segment changes out of its loops."""
         seen: set[Value] = set()
 
@@ -449,14 +446,14 @@ class SegmentLowering:
         if item.kind == "store" and item.op is not None:
             self.tile_pointer(item.op, pointers)
 
-    def tile_pointer(self: CpuLowering, op: Op, pointers: dict[object, Value]) -> Value:
+    def tile_pointer(self, op: Op, pointers: dict[object, Value]) -> Value:
         """The address of the first element of a load's or store's tile."""
         key = (op, "tile")
         if key not in pointers:
             pointers[key] = self.b.advance(self.buffers[op.operands[0]], self.first_element(op), hint=op.operands[0].hint)
         return pointers[key]
 
-    def first_element(self: CpuLowering, op: Op) -> Index:
+    def first_element(self, op: Op) -> Index:
         rows, cols = (op.results[0] if op.results else op.operands[1]).type.dims
         base = self.at(op.attrs["base"])
         for dim, stride in zip((rows, cols), op.attrs["strides"], strict=True):
@@ -464,7 +461,7 @@ class SegmentLowering:
                 base = base + self.at(dim.start) * stride
         return base
 
-    def element_pointer(self: CpuLowering, op: Op, point: Point) -> Value:
+    def element_pointer(self, op: Op, point: Point) -> Value:
         """The address of a load's, gather's or store's element at the outer loop's position."""
         key = (op, "outer")
         if key not in point.outer:
@@ -481,7 +478,7 @@ class SegmentLowering:
     def inner_offset(self, strides: tuple[int, int], point: Point) -> Index:
         return point.col * strides[1] if point.inner_axis == 1 else point.row * strides[0]
 
-    def stored_pointer(self: CpuLowering, home: Stored, point: Point) -> Value:
+    def stored_pointer(self, home: Stored, point: Point) -> Value:
         key = (home, "outer")
         if key not in point.outer:
             step = (point.row - home.first_row) * home.rows if point.inner_axis == 1 else (point.col - home.first_col) * home.cols
@@ -493,16 +490,16 @@ class SegmentLowering:
             return (point.col - home.first_col) * home.cols
         return (point.row - home.first_row) * home.rows
 
-    def read_stored(self: CpuLowering, home: Stored, point: Point, width: int) -> Value:
+    def read_stored(self, home: Stored, point: Point, width: int) -> Value:
         return self.b.load(self.stored_pointer(home, point), self.stored_offset(home, point), width)
 
     # -- tiles whose columns are not contiguous: turned through scratch
-    def is_turned(self: CpuLowering, value: Value) -> bool:
+    def is_turned(self, value: Value) -> bool:
         """Whether a value is a load whose columns are strided."""
         op = self.makers.get(value)
         return op is not None and op.name == "load" and value.type.cols is not None and op.attrs["strides"][1] != 1
 
-    def materialize_turned(self: CpuLowering, value: Value) -> None:
+    def materialize_turned(self, value: Value) -> None:
         """Copy a load whose columns are strided into scratch, so that vectors can be read along them."""
         op = self.makers[value]
         rows, cols = value.type.dims
@@ -511,13 +508,13 @@ class SegmentLowering:
         self.turn(source, op.attrs["strides"], home.pointer, (home.rows, home.cols), self.live(rows), self.live(cols))
         self.stored[value] = home
 
-    def turned_store(self: CpuLowering, op: Op, home: Stored) -> None:
+    def turned_store(self, op: Op, home: Stored) -> None:
         rows, cols = op.operands[1].type.dims
         target = self.b.advance(self.buffers[op.operands[0]], self.first_element(op), hint=op.operands[0].hint)
         strides = op.attrs["strides"]
         self.turn(home.pointer, (home.cols, home.rows), target, (strides[1], strides[0]), self.live(cols), self.live(rows))
 
-    def turn(self: CpuLowering, source: Value, source_strides: tuple[int, int], target: Value, target_strides: tuple[int, int], rows: Index, cols: Index) -> None:
+    def turn(self, source: Value, source_strides: tuple[int, int], target: Value, target_strides: tuple[int, int], rows: Index, cols: Index) -> None:
         """target[r, c] = source[r, c] where the source is contiguous along r and the target along c: squares of
         lanes x lanes elements are transposed in registers, the rest is copied one by one."""
         w = self.lanes
@@ -538,7 +535,7 @@ class SegmentLowering:
         self.b.loop(0, full_cols, 1, lambda c: self.b.loop(full_rows, rows, 1, lambda r: one(r, c), stem="r") and None, stem="c")
         self.b.loop(full_cols, cols, 1, lambda c: self.b.loop(0, rows, 1, lambda r: one(r, c), stem="r") and None, stem="c")
 
-    def transposed_square(self: CpuLowering, vectors: list[Value]) -> list[Value]:
+    def transposed_square(self, vectors: list[Value]) -> list[Value]:
         """A square of lanes x lanes elements, transposed by log2(lanes) rounds of interleaving."""
         half, done = self.lanes // 2, 1
         while done < self.lanes:

@@ -187,8 +187,8 @@ class Fusion:
 
     def reads_plainly(self, op: Op, reader: Op) -> bool:
         if OPS[reader.name].kind == "pointwise":
-            return op.result.type.shape in ((), reader.result.type.shape)
-        return op.result.type.shape == reader.operands[0].type.shape
+            return bool(op.result.type.shape in ((), reader.result.type.shape))
+        return bool(op.result.type.shape == reader.operands[0].type.shape)
 
     def place_root(self, op: Op, kind: str) -> None:
         self.settle(op)

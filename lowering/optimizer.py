@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -188,16 +189,15 @@ def clipped_adamw(
 def init(plan: Layout, weights: Mapping[str, Parameter]) -> Function:
     """Initial weights from a seed: the element's index in the pool is the counter, so any tiling draws the same numbers."""
     seed, g = Value(TensorType("u32", (2,)), "seed"), GraphBuilder()
-    ranges: list[list[object]] = []  # runs of equal initializers: [init, start, stop]
+    ranges: list[tuple[tuple[Any, ...], int, int]] = []  # runs of equal initializers: (init, start, stop)
     for name, (offset, shape) in plan.places.items():
         rule = weights[name].init
         if ranges and ranges[-1][0] == rule:
-            ranges[-1][2] = offset + prod(shape)
+            ranges[-1] = (rule, ranges[-1][1], offset + prod(shape))
         else:
-            ranges.append([rule, offset, offset + prod(shape)])
+            ranges.append((rule, offset, offset + prod(shape)))
     pieces = []
     for rule, start, stop in ranges:
-        assert isinstance(rule, tuple) and isinstance(start, int) and isinstance(stop, int)
         if rule[0] == "normal":
             bits = random_bits(g, seed, stop - start, g.constant(start, "u32"), INIT_STREAM)
             pieces.append(g("mul", g("bits_to_normal", bits), g.constant(rule[1])))

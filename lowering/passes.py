@@ -47,7 +47,8 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
             key, _, value = option.partition("=")
             if key not in known:
                 raise UserError(f"pass {name} has no option {key!r}", hint=f"its options: {', '.join(known) or 'none'}")
-            given[key] = type(known[key].default)(_number(value))
+            kind: type[Any] = type(known[key].default)
+            given[key] = kind(_number(value))
         found.append(PASSES[name](**given))
     return tuple(found)
 

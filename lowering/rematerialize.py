@@ -53,7 +53,8 @@ class Rematerialize(Pass):
 
     def split_users(self, op: Op, users: dict[Value, list[Op]], position: dict[Op, int]) -> tuple[list[Op], list[Op]]:
         """Users near the op, and users after a long stretch of other work (looking through views)."""
-        early, late = [], []
+        early: list[Op] = []
+        late: list[Op] = []
         for user in users.get(op.result, []):
             reached = [user] if OPS[user.name].kind != "view" else users.get(user.results[0], [])
             far = all(position[u] > position[op] + self.distance for u in reached)

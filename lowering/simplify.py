@@ -347,7 +347,7 @@ class MergeProducts(Pass):
             add = adds[0] if len(adds) == 1 and adds[0].name == "add" and adds[0].operands[0] is op.result else None
             bias = add.operands[1] if add and add.operands[1] in parameters and add.operands[1].type.rank == 1 else None
             families.setdefault(op.operands[0], []).append((op, turned.operands[0], add if bias else None, bias))
-        together = {}
+        together: dict[Value, list[tuple[Op, Value, Op | None, Value | None]]] = {}
         for members in families.values():
             biased = [m for m in members if m[3] is not None]
             for group in (biased, [m for m in members if m[3] is None]):

@@ -284,8 +284,9 @@ class GroupTiler:
             shapes = [v.type.shape for v in self.region.yields]
         if self.root is not None and OPS[self.root.name].kind == "rows":
             root = self.root
-            widest = root.operands[0].type.shape
-            return widest if len(widest) >= max(r.type.rank for r in root.results) else root.results[0].type.shape
+            widest: tuple[int, ...] = root.operands[0].type.shape
+            results: tuple[int, ...] = root.results[0].type.shape
+            return widest if len(widest) >= max(r.type.rank for r in root.results) else results
         return max(shapes, key=lambda s: (len(s), prod(s)))
 
     def kernel(self) -> Kernel:
