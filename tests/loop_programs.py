@@ -353,3 +353,135 @@ def addressed_case(seed: int) -> Case:
         nest([point, point + 1])
 
     return make(f"addressed{seed}", ["i32"], "i32", body, size=max(size, out))
+
+
+class _Mixed:
+    """Draws the values of `mixed_case`: scalars and vectors of four of every type, numbers that stay finite."""
+
+    def __init__(self, rng: random.Random, b: LoopBuilder) -> None:
+        self.rng, self.b = rng, b
+
+    def pick(self, known: Sequence[Value], dtype: str, lanes: int) -> Value:
+        """A known value of the type, or a constant."""
+        fitting = [v for v in known if v.type == vector(dtype, lanes)]
+        if fitting and self.rng.random() < 0.95:
+            return self.rng.choice(fitting[-6:])
+        value = {"f32": self.rng.uniform(-9, 9), "i32": self.rng.randrange(-99, 99), "u32": self.rng.randrange(1 << 32), "bool": self.rng.randrange(2)}[dtype]
+        return self.b.const(float(np.float32(value)) if dtype == "f32" else value, vector(dtype, lanes))
+
+    def bounded(self, x: Value) -> Value:
+        """Numbers that no chain of products makes infinite."""
+        low, high = (self.b.const(limit, x.type) for limit in (-1e6, 1e6))
+        return self.b.primitive("min", [self.b.primitive("max", [x, low]), high])
+
+    def value(self, known: Sequence[Value]) -> Value:
+        """A new value computed from known ones."""
+        b, rng, lanes = self.b, self.rng, self.rng.choice((1, 4))
+        dtype = rng.choice(("f32", "f32", "i32", "u32", "bool"))
+        x, y, z = (self.pick(known, dtype, lanes) for _ in range(3))
+        match rng.choice(("compute",) * 5 + ("select", "convert", "lanes")):
+            case "select":
+                return b.primitive("select", [self.pick(known, "bool", lanes), x, y])
+            case "convert":
+                return self.converted(x, lanes)
+            case "lanes":
+                return self.moved(x, y, lanes)
+        if dtype == "bool":
+            kind = rng.choice(("f32", "i32", "u32"))
+            left, right = (self.pick(known, kind, lanes) for _ in range(2))
+            return rng.choice((b.primitive(rng.choice(COMPARISONS), [left, right]), b.primitive(rng.choice(("and", "or", "xor")), [x, y])))
+        if dtype == "f32":
+            return self.real(x, y, z)
+        name = rng.choice(("add", "sub", "mul", "min", "max", "and", "or", "xor", "shl", "shr"))
+        if name in ("shl", "shr"):
+            y = b.const(rng.randrange(32), x.type)
+        return b.primitive(name, [x, y])
+
+    def real(self, x: Value, y: Value, z: Value) -> Value:
+        b = self.b
+        match self.rng.choice(("add", "sub", "mul", "min", "max", "neg", "abs", "div", "sqrt", "fma", "fma")):
+            case "neg" | "abs" as name:
+                return b.primitive(name, [x])
+            case "min" | "max" as name:
+                return b.primitive(name, [x, y])
+            case "div":
+                return self.bounded(b.primitive("div", [x, b.primitive("add", [b.primitive("abs", [y]), b.const(0.5, y.type)])]))
+            case "sqrt":
+                return b.primitive("sqrt", [b.primitive("abs", [x])])
+            case "fma" if isinstance(x.type, VectorType):  # whether a scalar's is fused is the profile's own
+                return self.bounded(b.primitive("fma", [x, y, z]))
+            case name:
+                return self.bounded(b.primitive(name if name != "fma" else "mul", [x, y]))
+
+    def converted(self, x: Value, lanes: int) -> Value:
+        b, dtype = self.b, x.type.dtype
+        if dtype == "f32":
+            return b.primitive("cast", [x], "i32")
+        if dtype == "bool":
+            return b.primitive("cast", [x], self.rng.choice(("f32", "i32", "u32")))
+        whole = b.primitive("bitcast", [x], "i32" if dtype == "u32" else "u32")
+        return b.primitive("cast", [whole], "f32") if self.rng.random() < 0.5 else whole
+
+    def moved(self, x: Value, y: Value, lanes: int) -> Value:
+        b, rng = self.b, self.rng
+        if lanes == 1:
+            return b.splat(x, 4)
+        kinds = ["extract", "broadcast", "interleave"] + (["fold"] if x.type.dtype in ("i32", "u32") else [])
+        match rng.choice(kinds):
+            case "extract":
+                return b.extract(x, rng.randrange(4))
+            case "broadcast":
+                return b.pure("broadcast_lane", [x], x.type, lane=rng.randrange(4))
+            case "fold":
+                return b.fold(x, rng.choice(("sum", "max")))
+        return b.pure("interleave", [x, y], x.type, half=rng.randrange(2))
+
+    def store(self, pointer: Value, value: Value, at: Index | int) -> None:
+        """Any value as i32, bit for bit."""
+        if value.type.dtype != "i32":
+            value = self.b.primitive("cast" if value.type.dtype == "bool" else "bitcast", [value], "i32")
+        self.b.store(pointer, value, at)
+
+
+def mixed_case(seed: int) -> Case:
+    """A random program over scalars and vectors of every type: loops that carry them, branches, scratch memory."""
+    rng = random.Random(seed)
+    dtypes = ("f32", "i32", "u32")
+    slots, stride = 8, 32  # vectors in scratch; elements of each array for a grid point
+
+    def body(b: LoopBuilder, inputs: list[Value], output: Value, point: Index) -> None:
+        draw = _Mixed(rng, b)
+        space = b.scratch(slots * 4, "i32")
+        for i in range(slots):
+            b.store(space, b.load(inputs[1], point * stride + i * 4, 4), i * 4)
+
+        def region(depth: int, known: Sequence[Value]) -> list[Value]:
+            known = list(known)
+            for _ in range(rng.randrange(6, 24) >> depth):
+                kind = rng.choice(["value"] * 9 + ["load", "store", "loop", "when"])
+                if kind == "value":
+                    known.append(draw.value(known))
+                elif kind == "load":
+                    known.append(b.load(space, rng.randrange(slots) * 4, rng.choice((1, 4))))
+                elif kind == "store":
+                    draw.store(space, rng.choice(known), rng.randrange(slots) * 4)
+                elif kind == "when":
+                    b.when(point, rng.choice(["lt", "ge", "ne"]), 1, lambda: draw.store(space, rng.choice(known), rng.randrange(slots) * 4))
+                elif depth < 2:
+                    starts = [rng.choice(known) for _ in range(rng.randrange(1, 4))]
+
+                    def trip(i: Index, *args: Value) -> list[Value]:
+                        inside = region(depth + 1, [*known, *args, b.index(i)])
+                        return [draw.pick(inside, v.type.dtype, getattr(v.type, "lanes", 1)) for v in args]
+
+                    known += b.loop(0, rng.randrange(2, 4), 1, trip, starts)
+            return known
+
+        start = [b.load(source, point * stride + i * 4, lanes) for source in inputs for i, lanes in ((0, 1), (1, 4), (2, 4))]
+        known = region(0, [start[0], *(draw.bounded(x) if x.type.dtype == "f32" else x for x in start), b.index(point)])
+        for i, value in enumerate(known[-4:]):
+            draw.store(output, value, point * stride + i * 4)
+        for i in range(4):
+            b.store(output, b.load(space, i * 4, 4), point * stride + 16 + i * 4)
+
+    return make(f"mixed{seed}", dtypes, "i32", body, size=POINTS * stride)

@@ -57,6 +57,8 @@ def _compile(args: Namespace) -> int:
     seconds = time.perf_counter() - started - captured
     for line in _report(choice, done):
         console().print(line)
+    if args.plan_only and not args.resume and choice.caps.memory_bytes:
+        console().print(f"  {_depth(choice)}")
     verb, end = "read" if args.resume else "captured", "planned" if args.plan_only else "written"
     console().print(f"  {verb} in {captured:.1f} s, lowered in {done.seconds:.1f} s, {end} after {seconds:.1f} s")
     if args.check:
@@ -78,6 +80,17 @@ def _report(choice: Choice, done: Any) -> Iterator[str]:
     pools = ", ".join(f"{name} {size:,}" for name, size in plan.pools.items())
     yield f"  memory {sum(plan.pools.values()):,} bytes ({pools})"
     yield f"  {memory_line(plan)}"
+
+
+def _depth(choice: Choice) -> str:
+    """How deep a model of this width fits the memory that the profile's addresses reach."""
+    from tinygpt.depth import deepest
+    from tinygpt.targets import target
+
+    found = deepest(choice.preset, choice.batch, choice.context, target(choice.target), choice.caps, choice.strict)
+    how = f"planned; {found.layers + 1} do not fit" if found.planned else "from the memory of small models"
+    heap = f"{choice.caps.memory_bytes / (1 << 30):g} GiB"
+    return f"{heap} train up to {found.layers:,} layers of this width, context and batch ({how})"
 
 
 def _bundle_argument(parser: ArgumentParser) -> None:
