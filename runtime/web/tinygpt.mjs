@@ -197,7 +197,7 @@ class Engine {
   constructor(manifest, threads) {
     this.manifest = manifest;
     this.threads = threads;
-    this.runsOn = `${threads} threads`;
+    this.where = `${threads} threads`;
     this.workers = [];
     this.failed = new Promise((_, reject) => (this.reject = reject));
     this.failed.catch(() => {});

@@ -67,7 +67,7 @@ async function main() {
   session.data = { name: path.basename(given.corpus), bytes: corpus.length, sha256: sha256(corpus) };
   const steps = given.steps ?? 200;
   if (given.metrics) fs.writeFileSync(given.metrics, "", { flag: given.resume ? "a" : "w" });
-  console.log(`${session.manifest.name}, ${session.manifest.target.profile}, ${session.engine.runsOn}, ${corpus.length} bytes of text`);
+  console.log(`${session.manifest.name}, ${session.manifest.target.profile}, ${session.engine.where}, ${corpus.length} bytes of text`);
   let stopping = false;
   process.once("SIGINT", () => (stopping = true));
   let told = performance.now();

@@ -16,6 +16,9 @@ const VECTOR = 16; // bytes; a binding holds whole vectors
 const KEPT = 2 ** 20; // bytes; a larger staging buffer is given back at once
 const ACCESS = ["in", "out", "inout"];
 
+// Directives that browsers want for a feature and wgpu refuses, so that shaders are written without.
+const DIRECTIVES = { subgroups: "enable subgroups; " };
+
 /** A device with a bundle's pools in its memory. */
 export class GpuEngine {
   /** Validates manifest.target and says at what address each pool begins: here they lie one after the other. */
@@ -28,7 +31,7 @@ export class GpuEngine {
       require(size % WORD === 0, `pools.${name}`, size);
     }
     for (const feature of list(target.features, "target.features")) require(typeof feature === "string", "a feature", feature);
-    for (const [name, n] of Object.entries(object(target.limits, "target.limits"))) integer(n, `target.limits.${name}`, 1, LARGEST);
+    for (const [name, n] of Object.entries(object(target.limits, "target.limits"))) integer(n, `target.limits.${name}`, 1, Number.MAX_SAFE_INTEGER);
     const { kernels } = target;
     for (const [name, kernel] of Object.entries(object(kernels, "target.kernels"))) {
       const { file, access } = object(kernel, `target.kernels.${name}`);
@@ -94,11 +97,11 @@ export class GpuEngine {
   #staging = []; // buffers that are free to map
   #failure = null; // what went wrong since the last run
 
-  constructor(manifest, file, device, runsOn) {
+  constructor(manifest, file, device, where) {
     this.manifest = manifest;
     this.device = device;
     this.threads = 1;
-    this.runsOn = runsOn;
+    this.where = where;
     this.#file = file;
     device.lost.then(({ message }) => this.#fail(`the GPU was lost: ${message}`, RESTART));
     device.onuncapturederror = ({ error }) => this.#fail(error.message, RESTART);
@@ -136,7 +139,7 @@ export class GpuEngine {
   }
 
   #fail(problem, hint) {
-    this.#failure ??= new UserError(`bundle ${this.manifest.name} on ${this.runsOn}: ${problem}`, hint);
+    this.#failure ??= new UserError(`bundle ${this.manifest.name} on ${this.where}: ${problem}`, hint);
   }
 
   #alive() {
@@ -196,7 +199,8 @@ export class GpuEngine {
   /** Compile a kernel. Its bindings are what the manifest says, not what the shader says of itself. */
   async #compiled(kernel) {
     const { file, access } = this.manifest.target.kernels[kernel];
-    const code = new TextDecoder().decode(await this.#file(file));
+    const directives = this.manifest.target.features.map((name) => DIRECTIVES[name] ?? "").join("");
+    const code = directives + new TextDecoder().decode(await this.#file(file));
     const refused = `the device refuses kernel ${kernel}`;
     const [module, layout] = await this.#checked(refused, AGAIN, () => {
       const kind = (a) => ({ type: a === "in" ? "read-only-storage" : "storage" });
