@@ -52,7 +52,12 @@ export async function open(source, { threads, seed = 42, blocking = Boolean(node
   const manifest = validated(document, Kind.places);
   const engine = await Kind.start(manifest, (name) => checkedFile(files, manifest, name), threads, blocking);
   const session = new Session(manifest, engine, files);
-  await session.init(seed);
+  try {
+    await session.init(seed);
+  } catch (error) {
+    engine.close();
+    throw error;
+  }
   return session;
 }
 

@@ -78,7 +78,7 @@ export class GpuEngine {
     try {
       device = await adapter.requestDevice({ requiredFeatures: target.features, requiredLimits: limits });
     } catch (error) {
-      throw refuse(`${describe(adapter)}: ${error.message}`);
+      throw refuse(`${describe(adapter)}: ${said(error)}`);
     }
     const engine = new GpuEngine(manifest, file, device, describe(adapter));
     try {
@@ -104,7 +104,7 @@ export class GpuEngine {
     this.where = where;
     this.#file = file;
     device.lost.then(({ message }) => this.#fail(`the GPU was lost: ${message}`, RESTART));
-    device.onuncapturederror = ({ error }) => this.#fail(error.message, RESTART);
+    device.onuncapturederror = ({ error }) => this.#fail(said(error), RESTART);
   }
 
   /** Copy bytes into a slot, from its byte `at` on. */
@@ -166,7 +166,7 @@ export class GpuEngine {
     }
     const found = await Promise.all(kinds.map(() => this.device.popErrorScope())).catch((thrown) => [thrown]);
     error ??= found.find(Boolean);
-    if (error) throw new UserError(`bundle ${this.manifest.name}: ${problem}: ${error.message}`, hint);
+    if (error) throw new UserError(`bundle ${this.manifest.name}: ${problem}: ${said(error)}`, hint);
     this.#alive();
     return result;
   }
@@ -213,7 +213,7 @@ export class GpuEngine {
       const compute = { module, entryPoint: "main" };
       return await this.device.createComputePipelineAsync({ label: kernel, layout, compute });
     } catch (error) {
-      throw new UserError(`bundle ${this.manifest.name}: ${refused}: ${error.message}`, AGAIN);
+      throw new UserError(`bundle ${this.manifest.name}: ${refused}: ${said(error)}`, AGAIN);
     }
   }
 
@@ -232,7 +232,7 @@ export class GpuEngine {
     try {
       await staging.mapAsync(GPUMapMode.READ, 0, size);
     } catch (error) {
-      this.#fail(`${what} failed: ${error.message}`, RESTART);
+      this.#fail(`${what} failed: ${said(error)}`, RESTART);
     }
     this.#alive();
     const mapped = staging.getMappedRange(0, size);
@@ -261,6 +261,11 @@ function dispatch(pass, { pipeline, group, workgroups }) {
 /** A limit's name in this API: max-buffer-size is maxBufferSize. */
 function camel(name) {
   return name.replace(/-([a-z])/g, (_, letter) => letter.toUpperCase());
+}
+
+/** An error's message in one paragraph. */
+function said({ message }) {
+  return message.trim().replace(/\s+/g, " ");
 }
 
 function describe({ info }) {
