@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 
 from tests.chromium import page_result, script_result
+from tests.lowered import passes_until, small_model
+from tests.test_cpu_strategy import CASES, op_kernels
 from tests.wgsl_device import device
-from tinygpt.compiler import compile
+from tinygpt.compiler import compile, module_for
+from tinygpt.ir.core import Module
+from tinygpt.lowering.gpu import lower
 from tinygpt.runtime.bundle import Bundle
 from tinygpt.runtime.data import Corpus
 from tinygpt.runtime.sampling import Sampling
 from tinygpt.runtime.training import train
+from tinygpt.targets.wgsl.printer import print_kernel
+from tinygpt.targets.wgsl.profiles import DEFAULT
 
 STEPS = 20
 CORPUS = Corpus("text", "", np.random.default_rng(5).integers(97, 123, 2000).astype(np.uint8))
@@ -51,7 +57,7 @@ DAMAGE = """
     const fetched = async (name) => new Uint8Array(await (await fetch(`../${name}`)).arrayBuffer());
     const text = new TextDecoder().decode(await fetched("manifest.json"));
     const said = {};
-    for (const [name, [change, shader]] of Object.entries(CASES)) {
+    for (const [name, [change, shader]] of Object.entries(DAMAGED)) {
         const manifest = JSON.parse(text);
         new Function("m", change)(manifest);
         const launch = manifest.target.functions.init?.[0];
@@ -72,7 +78,7 @@ DAMAGE = """
 """
 LAUNCH = "m.target.functions.init[0]"
 # name: (what is done to the manifest, the shader of the first kernel of init, what the host says)
-CASES = {
+DAMAGED = {
     "outside of its pool": (f"{LAUNCH}.bindings[0][1] = 2 ** 30", "", "an offset of {kernel} is 1073741824"),
     "not aligned": (f"{LAUNCH}.bindings[0][1] = 16; {LAUNCH}.bindings[0][2] = 16", "", "the device refuses kernel {kernel} in init"),
     "of no pool": (f"{LAUNCH}.bindings[0][0] = 'toString'", "", 'a pool of {kernel} is "toString"'),
@@ -97,6 +103,28 @@ SUBGROUPS = """
     @group(0) @binding({binding}) var<storage, read_write> sum: array<f32>;
     @compute @workgroup_size(1) fn main() {{ sum[0] = subgroupAdd(1.0); }}
 """
+# What Tint and the device say of SHADERS: [[name, code, access of each binding]].
+TINT = """
+    const adapter = await navigator.gpu.requestAdapter();
+    const device = await adapter.requestDevice();
+    const kind = (a) => ({ type: a === "in" ? "read-only-storage" : "storage" });
+    const check = async ([name, code, access]) => {
+        device.pushErrorScope("validation");
+        const module = device.createShaderModule({ code });
+        const entries = access.map((a, n) => ({ binding: n, visibility: GPUShaderStage.COMPUTE, buffer: kind(a) }));
+        const layout = device.createPipelineLayout({ bindGroupLayouts: [device.createBindGroupLayout({ entries })] });
+        const error = await device.popErrorScope();
+        const errors = (await module.getCompilationInfo()).messages.filter((m) => m.type === "error").map((m) => m.message);
+        if (error && !errors.length) errors.push(error.message);
+        if (!errors.length) {
+            await device.createComputePipelineAsync({ layout, compute: { module, entryPoint: "main" } })
+                .catch((refusal) => errors.push(refusal.message));
+        }
+        return [name, errors];
+    };
+    return (await Promise.all(SHADERS.map(check))).filter(([, errors]) => errors.length);
+"""
+Shader = tuple[str, str, list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +178,56 @@ def test_the_host_tests_trains_saves_resumes_and_samples(bundle: Bundle, tmp_pat
 def test_a_damaged_bundle_and_a_lost_device_are_named(bundle: Bundle, tmp_path: Path) -> None:
     kernel = bundle.manifest.target["functions"]["init"][0]["kernel"]
     written = bundle.manifest.target["kernels"][kernel]["access"].index("out")
-    cases = {name: (change, shader) for name, (change, shader, _) in CASES.items()}
+    cases = {name: (change, shader) for name, (change, shader, _) in DAMAGED.items()}
     cases["subgroups"] = ("m.target.features = ['subgroups']", SUBGROUPS.format(binding=written))
-    said = script_result(bundle, DAMAGE.replace("CASES", json.dumps(cases)), tmp_path / "profile")
-    wanted = {name: message.format(kernel=kernel) for name, (_, _, message) in CASES.items()} | {"lost": "the GPU was lost"}
+    said = script_result(bundle, DAMAGE.replace("DAMAGED", json.dumps(cases)), tmp_path / "profile")
+    wanted = {name: message.format(kernel=kernel) for name, (_, _, message) in DAMAGED.items()} | {"lost": "the GPU was lost"}
     for name, message in wanted.items():
         kind, text, hint = said[name]
         assert (kind, message in text, "\n" in text, bool(hint)) == ("UserError", True, False, True), (name, said[name])
     assert said["subgroups"] == "nothing"
+
+
+def shaders(module: Module) -> list[Shader]:
+    """The kernels of a captured model."""
+    for p in passes_until("loops"):
+        module = p.run(module, DEFAULT)
+    return [(k.name, print_kernel(k, DEFAULT), list(k.access)) for k in module.kernels.values()]
+
+
+def refused(bundle: Bundle, found: list[Shader], profile: Path) -> dict[str, list[str]]:
+    """What Tint and the device have against shaders, each looked at once."""
+    once = {code: (name, code, access) for name, code, access in found}
+    return dict(script_result(bundle, TINT.replace("SHADERS", json.dumps(list(once.values()))), profile))
+
+
+def op_shaders() -> list[Shader]:
+    """The kernels of every op of the registry, alone."""
+    kernels = [kernel for case in CASES for kernel, _ in op_kernels(*case.values, DEFAULT)]
+    return [(k.name, print_kernel(lower(k, DEFAULT), DEFAULT), list(k.access)) for k in kernels]
+
+
+SHADERS = {"small": lambda: shaders(module_for("small")), "odd": lambda: shaders(small_model()), "ops": op_shaders}
+
+
+@pytest.mark.parametrize("source", SHADERS)
+def test_tint_takes_every_shader(bundle: Bundle, source: str, tmp_path: Path) -> None:
+    """Those of tiny are all taken in the tests above."""
+    found = SHADERS[source]()
+    assert len(found) > 50
+    assert refused(bundle, found, tmp_path / "profile") == {}
+
+
+def test_tint_refuses_what_it_should(bundle: Bundle, tmp_path: Path) -> None:
+    """Barriers that not all threads reach, more workgroup memory than there is, other bindings than the manifest's."""
+    head = "@group(0) @binding(0) var<storage, read_write> x: array<f32>; var<workgroup> m: array<f32, {}>;"
+    head += " @compute @workgroup_size(64) fn main(@builtin(local_invocation_index) i: u32) {{ {} x[i] = m[i]; }}"
+    found: list[Shader] = [
+        ("barrier", head.format(64, "if (i < 3) { workgroupBarrier(); }"), ["out"]),
+        ("memory", head.format(1 << 14, ""), ["out"]),
+        ("bindings", head.format(64, " "), ["in"]),
+        ("fine", head.format(64, "m[i] = 1.0; workgroupBarrier();"), ["out"]),
+    ]
+    said = refused(bundle, found, tmp_path / "profile")
+    assert said.keys() == {"barrier", "memory", "bindings"}
+    assert "uniform control flow" in said["barrier"][0]
