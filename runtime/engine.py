@@ -93,6 +93,12 @@ def host_files(target: str) -> dict[str, bytes]:
     return {}
 
 
+def web_files(*names: str) -> dict[str, bytes]:
+    """Files of the JavaScript host, under the names they have in a bundle."""
+    folder = Path(__file__).parent / "web"
+    return {f"host/{name}": (folder / name).read_bytes() for name in names}
+
+
 def _modules(failures: list[str]) -> Iterator[ModuleType]:
     """This package's modules one by one, so that a search stops before it imports more than it needs."""
     for info in pkgutil.iter_modules(tinygpt.runtime.__path__, "tinygpt.runtime."):

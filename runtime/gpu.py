@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tinygpt.runtime.engine import web_files
 from tinygpt.runtime.errors import UserError
 from tinygpt.runtime.manifest import Manifest, Slot
 
@@ -192,6 +193,11 @@ class GpuEngine:
 
 
 ENGINES = {"wgsl": GpuEngine}
+
+
+def host_files() -> dict[str, bytes]:
+    """The JavaScript host, as files of a bundle: with them, a browser with WebGPU trains it without Python."""
+    return web_files("tinygpt.mjs", "webgpu.mjs", "index.html")
 
 
 def _wgpu(folder: Path) -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tinygpt.runtime.engine import web_files
 from tinygpt.runtime.errors import UserError
 from tinygpt.runtime.manifest import Manifest, Slot
 
@@ -194,8 +195,7 @@ ENGINES = {"wasm32": WasmEngine, "wasm64": WasmEngine}
 def host_files() -> dict[str, bytes]:
     """The JavaScript host, as files of a bundle: with them, `node host/train.mjs CORPUS` or a browser trains it without
     Python."""
-    folder = Path(__file__).parent / "web"
-    return {f"host/{name}": (folder / name).read_bytes() for name in ("tinygpt.mjs", "train.mjs", "index.html")}
+    return web_files("tinygpt.mjs", "train.mjs", "index.html")
 
 
 class _Instance:

@@ -110,7 +110,7 @@ def test_a_page_without_shared_memory_runs_one_thread(tmp_path: Path) -> None:
         const losses = [];
         await train(session, corpus, { steps: 12, onRow: (row) => losses.push(row.loss) });
         session.data = { name: "corpus.txt", bytes: corpus.length, sha256: sha256(corpus) };
-        const same = Buffer.concat([...session.checkpoint()]).equals(saved);
+        const same = Buffer.concat(await Array.fromAsync(session.checkpoint())).equals(saved);
         const wrong = (await session.selfTest()).filter((check) => !check.passed);
         log(JSON.stringify({ same, wrong, losses }));
         """

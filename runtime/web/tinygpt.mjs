@@ -1,4 +1,4 @@
-// Runs TinyGPT bundles compiled to WebAssembly, in Node (22 or later) and in browsers. One module, no dependencies.
+// Runs TinyGPT bundles: WebAssembly in Node (22 or later) and in browsers, WebGPU by the module webgpu.mjs beside it.
 //
 //   const session = await open("path/or/url/of/the/bundle", { threads: 2, seed: 42 });
 //   const { loss, gradNorm } = await session.trainStep(tokens, targets);       // integers [batch * context] each
@@ -47,11 +47,17 @@ export class DivergedError extends UserError {}
  */
 export async function open(source, { threads, seed = 42, blocking = Boolean(node || typeof window === "undefined") } = {}) {
   const files = typeof source === "function" ? source : reader(source);
-  const manifest = validated(parseJson(new TextDecoder().decode(await files("manifest.json")), "manifest.json"));
-  const bytes = await checkedFile(files, manifest, manifest.target.module);
-  const engine = await Engine.start(manifest, bytes, threads, blocking);
+  const document = parseJson(new TextDecoder().decode(await files("manifest.json")), "manifest.json");
+  const Kind = document?.target?.name === "wgsl" ? (await import("./webgpu.mjs")).GpuEngine : Engine;
+  const manifest = validated(document, Kind.places);
+  const engine = await Kind.start(manifest, (name) => checkedFile(files, manifest, name), threads, blocking);
   const session = new Session(manifest, engine, files);
-  await session.init(seed);
+  try {
+    await session.init(seed);
+  } catch (error) {
+    engine.close();
+    throw error;
+  }
   return session;
 }
 
@@ -83,9 +89,10 @@ async function checkedFile(files, manifest, name) {
   return bytes;
 }
 
-// A manifest is hostile until validated: every number that becomes an address is checked here, once.
+// A manifest is hostile until validated: every number that becomes an address is checked once, here and by the engine's
+// `places`, which says at what address each pool begins.
 
-function validated(m) {
+function validated(m, placesOf) {
   const require = (fine, what, value) => {
     if (!fine) throw new UserError(`manifest.json: ${what} is ${JSON.stringify(value)}`, AGAIN);
     return value;
@@ -96,22 +103,7 @@ function validated(m) {
   require(object(m, "document").format === "tinygpt-bundle" && m.version === 1, "format version", m.version);
   for (const key of ["pools", "training", "target", "functions", "files"]) object(m[key], key);
   for (const key of ["batch", "context"]) integer(m[key], key, 1, 2 ** 24);
-  const { target } = m;
-  require(target.address_bits in MAX_PAGES, "target.address_bits", target.address_bits);
-  const limit = MAX_PAGES[target.address_bits] * PAGE;
-  const places = Object.entries(object(target.pools, "target.pools"));
-  for (const [name, at] of places) integer(at, `target.pools.${name}`, 0, limit);
-  require(places.length === Object.keys(m.pools).length, "target.pools", target.pools);
-  let end = 0;
-  for (const [name, at] of places.sort((a, b) => a[1] - b[1])) {
-    require(at >= end && at % 8 === 0 && Object.hasOwn(m.pools, name), `target.pools.${name}`, at);
-    end = at + integer(m.pools[name], `pools.${name}`, 0, limit);
-  }
-  integer(target.scratch, "target.scratch", end, limit);
-  integer(target.scratch_stride, "target.scratch_stride", 0, limit);
-  integer(target.max_threads, "target.max_threads", 1, MAX_THREADS);
-  require(pagesFor(target, target.max_threads) * PAGE <= limit, "target.scratch_stride", target.scratch_stride);
-  require(typeof target.shared === "boolean", "target.shared", target.shared);
+  const places = placesOf(m, { require, integer, object, list });
 
   const slots = (items, what) => {
     for (const slot of list(items, what)) {
@@ -121,7 +113,7 @@ function validated(m) {
       slot.bytes = slot.count * ARRAYS[dtype].BYTES_PER_ELEMENT;
       integer(offset, `${name}.offset`, 0, m.pools[pool] - slot.bytes);
       require(offset % ARRAYS[dtype].BYTES_PER_ELEMENT === 0, `${name}.offset`, offset);
-      slot.address = target.pools[pool] + offset;
+      slot.address = places[pool] + offset;
     }
     require(new Set(items.map((slot) => slot.name)).size === items.length, `a name in ${what}`, "twice there");
     return items;
@@ -134,8 +126,6 @@ function validated(m) {
   for (const [name, f] of Object.entries(m.functions)) {
     disjoint([...m.parameters, ...slots(object(f, name).inputs, `${name}.inputs`)], `${name}.inputs`);
     slots(f.outputs, `${name}.outputs`);
-    f.entry = list(target.entries, "target.entries").indexOf(name);
-    require(f.entry >= 0, `the entry of ${name}`);
   }
   m.vocabulary = m.functions.logits?.outputs[0]?.shape.at(-1) ?? integer(m.config?.vocab_size, "config.vocab_size", 1, 2 ** 31);
   for (const key of m.functions.train_step ? ["beta1", "beta2"] : []) {
@@ -162,8 +152,29 @@ function parseJson(text, what) {
 
 /** A compiled module on its memory, and the workers that share it. */
 class Engine {
-  static async start(manifest, bytes, wanted, blocking) {
+  static places({ pools, functions, target }, { require, integer, object, list }) {
+    require(target.address_bits in MAX_PAGES, "target.address_bits", target.address_bits);
+    const limit = MAX_PAGES[target.address_bits] * PAGE;
+    const places = Object.entries(object(target.pools, "target.pools"));
+    for (const [name, at] of places) integer(at, `target.pools.${name}`, 0, limit);
+    require(places.length === Object.keys(pools).length, "target.pools", target.pools);
+    let end = 0;
+    for (const [name, at] of places.sort((a, b) => a[1] - b[1])) {
+      require(at >= end && at % 8 === 0 && Object.hasOwn(pools, name), `target.pools.${name}`, at);
+      end = at + integer(pools[name], `pools.${name}`, 0, limit);
+    }
+    integer(target.scratch, "target.scratch", end, limit);
+    integer(target.scratch_stride, "target.scratch_stride", 0, limit);
+    integer(target.max_threads, "target.max_threads", 1, MAX_THREADS);
+    require(pagesFor(target, target.max_threads) * PAGE <= limit, "target.scratch_stride", target.scratch_stride);
+    require(typeof target.shared === "boolean", "target.shared", target.shared);
+    for (const name in functions) require(list(target.entries, "target.entries").includes(name), `the entry of ${name}`);
+    return target.pools;
+  }
+
+  static async start(manifest, file, wanted, blocking) {
     const { target } = manifest;
+    let bytes = await file(target.module);
     const cores = globalThis.navigator?.hardwareConcurrency ?? 1;
     let threads = wanted ?? Math.min(cores, target.max_threads);
     if (!Number.isSafeInteger(threads) || threads < 1 || threads > target.max_threads) {
@@ -191,8 +202,8 @@ class Engine {
   constructor(manifest, threads) {
     this.manifest = manifest;
     this.threads = threads;
+    this.where = `${threads} threads`;
     this.workers = [];
-    this.views = new Map();
     this.failed = new Promise((_, reject) => (this.reject = reject));
     this.failed.catch(() => {});
   }
@@ -230,29 +241,30 @@ class Engine {
     });
   }
 
-  /** The typed array of a slot, in place. */
-  view(slot) {
-    let view = this.views.get(slot);
-    if (!view) {
-      view = new ARRAYS[slot.dtype](this.memory.buffer, slot.address, slot.count);
-      this.views.set(slot, view);
-    }
-    return view;
+  /** Copy bytes into a slot, from its byte `at` on. */
+  write(slot, bytes, at = 0) {
+    new Uint8Array(this.memory.buffer, slot.address + at, bytes.length).set(bytes);
   }
 
-  /** Run one function to its end. */
-  async run(name) {
+  /** A copy of bytes of a slot. */
+  read(slot, at = 0, length = slot.bytes) {
+    return new Uint8Array(this.memory.buffer, slot.address + at, length).slice();
+  }
+
+  /** Run one function to its end; copies of the slots of `results`, in bytes. */
+  async run(name, results) {
     if (!this.memory) throw new Error("the session is closed");
-    const { entry } = this.manifest.functions[name];
-    if (this.serving) return this.#post(entry);
+    const entry = this.manifest.target.entries.indexOf(name);
     try {
-      if (this.threads === 1) this.exports.run(entry, 0, 1);
+      if (this.serving) await this.#post(entry);
+      else if (this.threads === 1) this.exports.run(entry, 0, 1);
       else this.exports.step(entry, this.threads);
     } catch (error) {
-      if (this.threads > 1) this.exports.fail();
+      if (this.threads > 1) this.exports?.fail();
       this.close();
       throw new Error(`${name} failed: ${error.message}`, { cause: error });
     }
+    return results.map((slot) => this.read(slot));
   }
 
   /** Let the workers run an entry, and wait without blocking. */
@@ -271,7 +283,6 @@ class Engine {
   close() {
     for (const worker of this.workers) worker.terminate();
     this.workers = [];
-    this.views.clear();
     this.memory = this.words = this.exports = null;
   }
 }
@@ -360,9 +371,10 @@ export class Session {
   }
 
   /** Copies of the weights by name. */
-  parameters() {
-    const weights = this.manifest.parameters.filter((slot) => slot.role === "param");
-    return Object.fromEntries(weights.map((slot) => [slot.name, this.engine.view(slot).slice()]));
+  async parameters() {
+    const found = {};
+    for (const slot of this.manifest.parameters) if (slot.role === "param") found[slot.name] = await this.#read(slot);
+    return found;
   }
 
   /**
@@ -372,14 +384,11 @@ export class Session {
   async trainStep(tokens, targets, lr = this.training.lr) {
     if (!(lr >= 0 && lr <= 1e30)) throw new UserError(`lr is ${lr}, not a finite number from 0`, "3e-4 is usual");
     const { beta1, beta2 } = this.training;
-    const out = await this.#run("train_step", {
-      ...this.#batch("train_step", tokens, targets),
-      lr: [lr],
-      bias1: [1 - this.#powers[0] * beta1],
-      bias2: [1 - this.#powers[1] * beta2],
-    });
-    const loss = this.#finite(out.loss, "the loss");
-    const gradNorm = this.#finite(out.grad_norm, "the gradient norm");
+    const bias = { bias1: [1 - this.#powers[0] * beta1], bias2: [1 - this.#powers[1] * beta2] };
+    const inputs = { ...this.#batch("train_step", tokens, targets), lr: [lr], ...bias };
+    const [[loss], [gradNorm]] = await this.#run("train_step", inputs, "loss", "grad_norm");
+    this.#finite(loss, "the loss");
+    this.#finite(gradNorm, "the gradient norm");
     this.step += 1;
     this.#powers = [this.#powers[0] * beta1, this.#powers[1] * beta2];
     return { loss, gradNorm };
@@ -387,14 +396,14 @@ export class Session {
 
   /** Mean cross-entropy of a batch, nats per token. */
   async loss(tokens, targets) {
-    const out = await this.#run("loss", this.#batch("loss", tokens, targets));
-    return this.#finite(out.loss, "the loss");
+    const [[loss]] = await this.#run("loss", this.#batch("loss", tokens, targets), "loss");
+    return this.#finite(loss, "the loss");
   }
 
   /** Starts of the windows of the batch for `step`, each in [0, count): a function of (seed, step, count) alone. */
   async windows(step, count) {
-    const out = await this.#run("windows", { seed: seedWords(this.seed), step: [step], count: [count] });
-    return this.engine.view(out.offsets).slice();
+    const inputs = { seed: seedWords(this.seed), step: [step], count: [count] };
+    return (await this.#run("windows", inputs, "offsets"))[0];
   }
 
   /** Mean cross-entropy over every byte of `text` but the first, nats per byte, in windows that do not overlap. */
@@ -409,12 +418,10 @@ export class Session {
       const count = Math.min(tokens.length, predictions - first);
       tokens.fill(0).set(text.subarray(first, first + count));
       targets.fill(0).set(text.subarray(first + 1, first + 1 + count));
-      const out = await this.#run("loss", this.#batch("loss", tokens, targets));
-      const rows = this.engine.view(out.row_losses);
+      const [rows] = await this.#run("loss", this.#batch("loss", tokens, targets), "row_losses");
       for (let i = 0; i < count; i++) total += rows[i];
     }
-    if (!Number.isFinite(total)) throw this.#diverged("the evaluation loss", total);
-    return total / predictions;
+    return this.#finite(total, "the evaluation loss") / predictions;
   }
 
   /** Float32Array [n * vocabulary]: the scores of the token after each of `tokens`, 1 to context of them. */
@@ -422,8 +429,8 @@ export class Session {
     const { context, vocabulary } = this.manifest;
     const padded = new Int32Array(context);
     padded.set(this.#tokens(tokens, Math.max(1, Math.min(tokens.length, context)), "tokens"));
-    const out = await this.#run("logits", { tokens: padded });
-    return this.engine.view(out.logits).slice(0, tokens.length * vocabulary);
+    const [scores] = await this.#run("logits", { tokens: padded }, "logits");
+    return scores.subarray(0, tokens.length * vocabulary);
   }
 
   /** `count` new bytes after `prompt` (text or bytes), as text. temperature <= 0 is greedy; topK = 0 and topP = 1 keep all. */
@@ -455,7 +462,7 @@ export class Session {
   /** Run every function that has golden vectors and compare: [{ function, name, difference, tolerance, passed }]. */
   async selfTest() {
     const file = await checkedFile(this.#files, this.manifest, "golden.safetensors");
-    const golden = new Map((await tensorsOf(bytesReader(file), "golden.safetensors")).tensors.map((t) => [t.name, t]));
+    const golden = new Map((await tensorsOf(await blobOf(file), "golden.safetensors")).tensors.map((t) => [t.name, t]));
     const arrayOf = (key, slot) => {
       const t = golden.get(key);
       if (!t || t.dtype !== STORED[slot.dtype] || String(t.shape) !== String(slot.shape)) {
@@ -470,14 +477,14 @@ export class Session {
       if (!outputs.length) continue;
       for (const slot of this.manifest.parameters) {
         const key = `param/${slot.name}`;
-        this.engine.view(slot).set(golden.has(key) ? arrayOf(key, slot) : new Uint8Array(slot.count));
+        this.#write(slot, golden.has(key) ? arrayOf(key, slot) : new Uint8Array(slot.count));
       }
       const inputs = Object.values(f.in).map((slot) => [slot.name, arrayOf(`${name}/in/${slot.name}`, slot)]);
       await this.#run(name, Object.fromEntries(inputs));
       for (const key of outputs) {
         const output = key.slice(prefix.length);
         const slot = f.out[output] ?? this.manifest.parameters.find((p) => p.name === output);
-        const difference = furthest(this.engine.view(slot), arrayOf(key, slot));
+        const difference = furthest(await this.#read(slot), arrayOf(key, slot));
         const tolerance = this.manifest.golden?.[name]?.[output] ?? 0;
         checks.push({ function: name, name: output, difference, tolerance, passed: difference <= tolerance });
       }
@@ -489,7 +496,7 @@ export class Session {
   // Checkpoints: safetensors, the arrays under their parameters' names, a SHA-256 over all of it in the metadata.
 
   /** The bytes of a checkpoint, in chunks of at most 16 MiB: write them to a file one after the other. */
-  *checkpoint() {
+  async *checkpoint() {
     const { batch, context, config } = this.manifest;
     const mark = "\u0001seed";
     const plain = { batch, config: config ?? null, context, data: this.data, seed: mark, step: this.step, training: this.training };
@@ -499,7 +506,7 @@ export class Session {
     hash.update(utf8(settings));
     for (const slot of slots) {
       hash.update(utf8(hashedName(slot)));
-      for (const chunk of this.#chunks(slot)) hash.update(chunk);
+      for await (const chunk of this.chunks(slot)) hash.update(chunk);
     }
     const header = { __metadata__: { format: "tinygpt-checkpoint", version: "1", settings, sha256: hash.hex() } };
     let end = 0;
@@ -511,14 +518,12 @@ export class Session {
     new DataView(first.buffer).setBigUint64(0, BigInt(first.length - 8), true);
     first.set(text, 8);
     yield first;
-    for (const slot of slots) yield* this.#chunks(slot);
+    for (const slot of slots) yield* this.chunks(slot);
   }
 
-  *#chunks(slot) {
-    for (let at = 0; at < slot.bytes; at += CHUNK) {
-      const chunk = new Uint8Array(this.engine.memory.buffer, slot.address + at, Math.min(CHUNK, slot.bytes - at));
-      yield chunk.slice(); // hosts refuse shared bytes
-    }
+  /** The bytes of a slot. */
+  async *chunks(slot) {
+    for (let at = 0; at < slot.bytes; at += CHUNK) yield await this.engine.read(slot, at, Math.min(CHUNK, slot.bytes - at));
   }
 
   /**
@@ -526,23 +531,18 @@ export class Session {
    * source: a path (Node), a Blob or bytes. Throws UserError, and changes nothing, if it is damaged or of another model.
    */
   async load(source) {
-    const input = await checkpointReader(source);
-    try {
-      const { tensors, metadata } = await tensorsOf(input, "the checkpoint");
-      const settings = await this.#require(input, tensors, metadata);
-      const memory = new Uint8Array(this.engine.memory.buffer);
-      for (const t of tensors) await readChunks(input, t, (chunk, at) => memory.set(chunk, t.slot.address + at));
-      this.seed = settings.seed;
-      this.training = { ...this.manifest.training, lr: settings.training.lr ?? this.manifest.training.lr };
-      this.data = settings.data ?? null;
-      this.#setStep(settings.step);
-    } finally {
-      await input.close?.();
-    }
+    const blob = await blobOf(source);
+    const { tensors, metadata } = await tensorsOf(blob, "the checkpoint");
+    const settings = await this.#require(blob, tensors, metadata);
+    for (const t of tensors) await readChunks(blob, t, (chunk, at) => this.engine.write(t.slot, chunk, at));
+    this.seed = settings.seed;
+    this.training = { ...this.manifest.training, lr: settings.training.lr ?? this.manifest.training.lr };
+    this.data = settings.data ?? null;
+    this.#setStep(settings.step);
   }
 
   /** The settings of a checkpoint that is whole and fits the model. */
-  async #require(input, tensors, metadata) {
+  async #require(blob, tensors, metadata) {
     const require = (fine, problem) => {
       if (!fine) throw new UserError(`the checkpoint ${problem}`, "use another checkpoint, or the model it was trained with");
     };
@@ -558,7 +558,7 @@ export class Session {
     hash.update(utf8(metadata.settings ?? ""));
     for (const t of [...tensors].sort((a, b) => (a.name < b.name ? -1 : 1))) {
       hash.update(utf8(hashedName(t.slot)));
-      await readChunks(input, t, (chunk) => hash.update(chunk));
+      await readChunks(blob, t, (chunk) => hash.update(chunk));
     }
     require(hash.hex() === metadata.sha256, "was damaged or edited: its content does not match its sha256");
     const settings = parseJson(metadata.settings, "the checkpoint's settings");
@@ -569,15 +569,25 @@ export class Session {
 
   // Between numbers and slots
 
-  async #run(name, inputs) {
+  #write(slot, numbers) {
+    this.engine.write(slot, new Uint8Array(new ARRAYS[slot.dtype](numbers).buffer));
+  }
+
+  async #read(slot) {
+    return new ARRAYS[slot.dtype]((await this.engine.read(slot)).buffer);
+  }
+
+  /** Run a function; the arrays of the outputs that are named. */
+  async #run(name, inputs, ...outputs) {
     const f = this.functions[name];
-    if (!f) throw new UserError(`the bundle has no function ${name}`, AGAIN);
+    const slots = outputs.map((output) => f?.out[output]);
+    if (!f || slots.includes(undefined)) throw new UserError(`the bundle has no function ${name} with ${outputs}`, AGAIN);
     for (const [input, slot] of Object.entries(f.in)) {
       if (inputs[input]?.length !== slot.count) throw new UserError(`${name}: input ${input} wants ${slot.count} numbers`, AGAIN);
-      this.engine.view(slot).set(inputs[input]);
+      this.#write(slot, inputs[input]);
     }
-    await this.engine.run(name);
-    return f.out;
+    const found = await this.engine.run(name, slots);
+    return found.map((bytes, i) => new ARRAYS[slots[i].dtype](bytes.buffer));
   }
 
   #batch(name, tokens, targets) {
@@ -596,14 +606,9 @@ export class Session {
     throw new UserError(`${what} have id ${strange}, the vocabulary has ${this.manifest.vocabulary}`, "encode the text as in training");
   }
 
-  #finite(slot, what) {
-    const value = this.engine.view(slot)[0];
-    if (!Number.isFinite(value)) throw this.#diverged(what, value);
-    return value;
-  }
-
-  #diverged(what, value) {
-    return new DivergedError(`${what} became ${value} after ${this.step} steps`, "load an earlier checkpoint and lower lr");
+  #finite(value, what) {
+    if (Number.isFinite(value)) return value;
+    throw new DivergedError(`${what} became ${value} after ${this.step} steps`, "load an earlier checkpoint and lower lr");
   }
 
   /** Powers by repeated multiplication, as a run from the start would have them: resuming changes no bit. */
@@ -660,7 +665,8 @@ export async function train(session, corpus, options) {
   const saved = async () => {
     await session.loss(...(await windows())); // throws if the last update ruined the weights
     for (const slot of session.manifest.parameters) {
-      if (!session.engine.view(slot).every(Number.isFinite)) {
+      for await (const { buffer } of session.chunks(slot)) {
+        if (new ARRAYS[slot.dtype](buffer).every(Number.isFinite)) continue;
         throw new DivergedError(`${slot.name} holds numbers that are not finite after ${session.step} steps`, "lower lr");
       }
     }
@@ -767,44 +773,32 @@ function hashedName({ name, dtype, shape }) {
   return `\0${name}|${NUMPY[dtype]}|(${shape.join(", ")}${shape.length === 1 ? "," : ""})\0`;
 }
 
-function bytesReader(bytes) {
-  return { size: bytes.length, read: async (offset, length) => bytes.subarray(offset, offset + length) };
-}
-
-async function checkpointReader(source) {
-  if (source instanceof Uint8Array) return bytesReader(source);
-  if (source instanceof Blob) {
-    const read = async (offset, length) => new Uint8Array(await source.slice(offset, offset + length).arrayBuffer());
-    return { size: source.size, read };
-  }
+async function blobOf(source) {
+  if (source instanceof Uint8Array) return new Blob([source]);
+  if (source instanceof Blob) return source;
   if (!node) throw new UserError("a checkpoint is a Blob, a File or bytes here", "read it from an <input type=file>");
   try {
-    const file = await node("fs/promises").open(source, "r");
-    const read = async (offset, length) => {
-      const chunk = new Uint8Array(length);
-      const { bytesRead } = await file.read(chunk, 0, length, offset);
-      return chunk.subarray(0, bytesRead);
-    };
-    return { size: (await file.stat()).size, read, close: () => file.close() };
-  } catch (error) {
-    throw new UserError(`checkpoint ${source} cannot be read: ${error.message}`, "give the file that a run saved");
+    return await node("fs").openAsBlob(source);
+  } catch {
+    throw new UserError(`checkpoint ${source} cannot be read`, "give the file that a run saved");
   }
 }
 
-async function readChunks(input, tensor, use) {
-  for (let at = tensor.begin; at < tensor.end; at += CHUNK) {
-    use(await input.read(at, Math.min(CHUNK, tensor.end - at)), at - tensor.begin);
-  }
+async function bytesOf(blob, begin, end) {
+  return new Uint8Array(await blob.slice(begin, end).arrayBuffer());
+}
+
+async function readChunks(blob, { begin, end }, use) {
+  for (let at = begin; at < end; at += CHUNK) use(await bytesOf(blob, at, Math.min(at + CHUNK, end)), at - begin);
 }
 
 /** The tensors of a safetensors file, with where they begin and end, and its metadata. */
-async function tensorsOf(input, what) {
+async function tensorsOf(blob, what) {
   const refuse = (problem) => new UserError(`${what}: ${problem}`, "use another file");
-  if (input.size < 8) throw refuse("is truncated or no safetensors file");
-  const start = await input.read(0, 8);
-  const length = Number(new DataView(start.buffer, start.byteOffset, 8).getBigUint64(0, true));
-  if (length > Math.min(input.size - 8, 100e6)) throw refuse("is truncated or no safetensors file");
-  const header = parseJson(new TextDecoder().decode(await input.read(8, length)), what);
+  const start = await bytesOf(blob, 0, 8);
+  const length = start.length < 8 ? Infinity : Number(new DataView(start.buffer).getBigUint64(0, true));
+  if (length > Math.min(blob.size - 8, 100e6)) throw refuse("is truncated or no safetensors file");
+  const header = parseJson(new TextDecoder().decode(await bytesOf(blob, 8, 8 + length)), what);
   const tensors = [];
   for (const [name, entry] of Object.entries(header ?? {})) {
     if (name === "__metadata__") continue;
@@ -813,7 +807,7 @@ async function tensorsOf(input, what) {
     const [begin, end] = Array.isArray(offsets) ? offsets : [];
     if (!kind || !Array.isArray(shape) || !(begin >= 0) || !Number.isSafeInteger(end)) throw refuse(`${name} is malformed`);
     const bytes = shape.reduce((a, b) => a * b, 1) * ARRAYS[kind].BYTES_PER_ELEMENT;
-    if (end - begin !== bytes || 8 + length + end > input.size) throw refuse(`${name} is truncated`);
+    if (end - begin !== bytes || 8 + length + end > blob.size) throw refuse(`${name} is truncated`);
     tensors.push({ name, dtype, shape, begin: 8 + length + begin, end: 8 + length + end });
   }
   return { tensors, metadata: header?.__metadata__ ?? {} };

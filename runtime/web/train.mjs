@@ -30,13 +30,13 @@ function options() {
 }
 
 /** Write a session's checkpoint, whole or not at all, in a folder of its own until it is. */
-function save(session, destination) {
+async function save(session, destination) {
   const partial = path.join(path.dirname(destination), `.${path.basename(destination)}.partial`);
   try {
     fs.rmSync(partial, { recursive: true, force: true });
     fs.mkdirSync(partial);
     const file = fs.openSync(path.join(partial, path.basename(destination)), "w");
-    for (const chunk of session.checkpoint()) {
+    for await (const chunk of session.checkpoint()) {
       for (let done = 0; done < chunk.length; ) done += fs.writeSync(file, chunk, done);
     }
     fs.fsyncSync(file);
@@ -67,7 +67,7 @@ async function main() {
   session.data = { name: path.basename(given.corpus), bytes: corpus.length, sha256: sha256(corpus) };
   const steps = given.steps ?? 200;
   if (given.metrics) fs.writeFileSync(given.metrics, "", { flag: given.resume ? "a" : "w" });
-  console.log(`${session.manifest.name}, ${session.manifest.target.profile}, ${session.engine.threads} threads, ${corpus.length} bytes of text`);
+  console.log(`${session.manifest.name}, ${session.manifest.target.profile}, ${session.engine.where}, ${corpus.length} bytes of text`);
   let stopping = false;
   process.once("SIGINT", () => (stopping = true));
   let told = performance.now();
@@ -76,7 +76,7 @@ async function main() {
     lr: given.lr,
     evalEvery: given["eval-every"],
     saveEvery: given["save-every"],
-    save: given.out ? async () => save(session, given.out) : null,
+    save: given.out ? () => save(session, given.out) : null,
     stop: () => stopping,
     onRow: (row) => {
       if (given.metrics) fs.appendFileSync(given.metrics, `${JSON.stringify(row)}\n`);
