@@ -38,14 +38,14 @@ class Fuse(Pass):
 
     def run(self, module: Module, caps: Caps) -> Module:
         inputs = min(self.max_inputs, caps.bindings - 3) if caps.bindings else self.max_inputs
-        return module.map_functions(lambda f: Fusion(f, inputs).fused())
+        return module.map_functions(lambda f: Fusion(f, inputs, caps.bindings).fused())
 
 
 class Fusion:
     """The state of fusing one function."""
 
-    def __init__(self, function: Function, max_inputs: int) -> None:
-        self.function, self.max_inputs = function, max_inputs
+    def __init__(self, function: Function, max_inputs: int, bindings: int) -> None:
+        self.function, self.max_inputs, self.bindings = function, max_inputs, bindings
         self.made = {r: op for op in function.body.ops for r in op.results}
         self.users: dict[Value, list[Op]] = {}
         for op in function.body.ops:
@@ -110,6 +110,12 @@ class Fusion:
         inside = {r for op in ops for r in op.results}
         return len({self.origin(v) for op in ops for v in op.operands if v not in inside and not constant_source(self.made, v)})
 
+    def bound(self, ops: list[Op]) -> int:
+        """How many buffers ops read and write, if nothing else joins them."""
+        made = [r for op in ops for r in op.results]
+        read = {v for op in ops for v in op.operands if v not in made and not constant_source(self.made, v)}
+        return len(read) + sum(r not in self.users or any(u not in ops for u in self.users[r]) for r in made)
+
     # -- placing ops
     def add(self, group: Group, op: Op) -> None:
         for v in op.operands:
@@ -154,6 +160,8 @@ class Fusion:
             g for g in reversed(self.groups[-8:]) if op.operands and any(op.operands[0] in o.operands and OPS[o.name].kind == "pointwise" for o in g.ops)
         ]
         for group in sorted(set(direct), key=lambda g: -g.order) + siblings:
+            if self.bindings and self.bound([*group.ops, op]) > self.bindings:
+                continue
             if not self.is_stale(group) and self.fits(group, shape, op) and self.latest(op, without=group) < group.order:
                 return group
         return None

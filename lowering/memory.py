@@ -10,7 +10,7 @@ from tinygpt.ir.core import Function, Kernel, Module, Op, Parameter, Value
 from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.plan import Buffer, Entry, Launch, Plan
 from tinygpt.ir.types import TensorType
-from tinygpt.lowering.optimizer import Layout
+from tinygpt.lowering.optimizer import POOLS, Layout
 
 STATE, WORK = "state", "work"  # of more pools of a kind, the next are state2, work2, …
 ALWAYS = 1 << 30  # later than any launch
@@ -19,7 +19,9 @@ GRADIENTS = "gradients"  # the flat result or input that hosts see as one gradie
 
 @dataclass
 class Lifetime:
-    """A buffer: alive from launch `start` to launch `end`, both inclusive, and where it is put."""
+    """A buffer: alive from launch `start` to launch `end`, both inclusive, and where it is put.
+
+    `tail` are buffers that lie right behind it, because one tensor runs through all; `bytes` counts them."""
 
     value: Value
     bytes: int
@@ -27,6 +29,16 @@ class Lifetime:
     end: int
     pool: str = ""
     offset: int = -1
+    tail: tuple[Lifetime, ...] = ()
+
+    @property
+    def members(self) -> tuple[Lifetime, ...]:
+        """The buffer and those behind it, each with its own place."""
+        at, found = self.offset, []
+        for x in (self, *self.tail):
+            found.append(Lifetime(x.value, x.value.type.bytes, self.start, self.end, self.pool, at))
+            at += x.value.type.bytes
+        return tuple(found)
 
     @property
     def buffer(self) -> Buffer:
@@ -37,16 +49,17 @@ def plan(module: Module, caps: Caps) -> Plan:
     """Place everything a module needs. Raises UserError if it does not fit the device's memory."""
     apart = conflicts(module) if caps.exclusive_pools else {}
     pools = {STATE: 0, WORK: 0}
+    chains = neighbours(module)
     always = [Lifetime(p.value, p.type.bytes, -1, ALWAYS) for p in module.parameters.values()]
-    place(always, STATE, apart, caps, pools)
-    state = {x.value: x.buffer for x in always}
+    state = place(joined(always, chains, {p.name: p.value for p in module.parameters.values()}), STATE, apart, caps, pools)
     entries, live, unshared = {}, 0, 0
     for f in module.functions.values():
         lifetimes = live_ranges(f)
-        place(sorted(lifetimes, key=lambda x: (-x.bytes, x.start)), WORK, apart, caps, pools)
+        blocks = joined(lifetimes, chains, named_values(f))
+        places = place(sorted(blocks, key=lambda x: (-x.bytes, x.start)), WORK, apart, caps, pools)
         live = max(live, peak(lifetimes))
         unshared = max(unshared, sum(_aligned(x.bytes, caps.offset_alignment) for x in lifetimes))
-        entries[f.name] = entry(f, state | {x.value: x.buffer for x in lifetimes}, module)
+        entries[f.name] = entry(f, state | places, module)
     used = {launch.kernel for e in entries.values() for launch in e.launches}
     kernels = {name: k for name, k in module.kernels.items() if name in used}
     result = Plan(pools, _parameters(module, state), entries, kernels, live, unshared)
@@ -78,6 +91,33 @@ def live_ranges(function: Function) -> list[Lifetime]:
     return list(found.values())
 
 
+def neighbours(module: Module) -> list[list[str]]:
+    """Names of flat arrays, each list in the order in which they must lie one behind the other: a weight is cut there."""
+    layout = Layout.of(module)
+    cuts = [[n for n, _, _ in layout.parts(name)] for name in layout.places]
+    return [[layout.names(stem)[n] for n in numbers] for numbers in cuts if len(numbers) > 1 for stem in (*POOLS, GRADIENTS)]
+
+
+def named_values(function: Function) -> dict[str, Value]:
+    """The buffers that hosts see, by the names they see."""
+    shaped = reshaped(function)
+    results = {n: shaped.get(v, v) for n, v in zip(function.result_names, function.body.yields, strict=True)}
+    return {v.hint: v for v in function.params} | results
+
+
+def joined(lifetimes: Sequence[Lifetime], chains: Sequence[Sequence[str]], names: Mapping[str, Value]) -> list[Lifetime]:
+    """The lifetimes, those of a chain as one; a chain may go on where another ends."""
+    found = {x.value: x for x in lifetimes}
+    for first, *others in ([names[n] for n in chain] for chain in chains if all(n in names for n in chain)):
+        head = next(x for x in found.values() if first in (x.value, *(t.value for t in x.tail)))
+        tail = [found.pop(v) for v in others]
+        block = [head, *tail]
+        found[head.value] = replace(
+            head, bytes=sum(x.bytes for x in block), start=min(x.start for x in block), end=max(x.end for x in block), tail=(*head.tail, *tail)
+        )
+    return list(found.values())
+
+
 def reshaped(function: Function) -> dict[Value, Value]:
     """Results that are a buffer under another shape, and that buffer."""
     return {op.results[0]: op.operands[0] for op in function.body.ops if op.name == "reshape"}
@@ -102,7 +142,9 @@ def conflicts(module: Module) -> dict[Value, set[Value]]:
     return found
 
 
-def place(lifetimes: Sequence[Lifetime], stem: str, apart: Mapping[Value, set[Value]], caps: Caps, pools: dict[str, int]) -> None:
+def place(
+    lifetimes: Sequence[Lifetime], stem: str, apart: Mapping[Value, set[Value]], caps: Caps, pools: dict[str, int]
+) -> dict[Value, Buffer]:
     """Greedy in the order given (largest first is Pisarchyk & Lee 2020, section 5.2): each buffer at the lowest gap that
     is free for as long as it lives, in the first pool that may hold it. Notes in `pools` how large each has to be."""
     placed: dict[str, list[Lifetime]] = {stem: []}
@@ -118,10 +160,12 @@ def place(lifetimes: Sequence[Lifetime], stem: str, apart: Mapping[Value, set[Va
             members = placed.setdefault(x.pool, [])
             x.offset = lowest_gap(x, members, caps.offset_alignment)
             fits = not caps.buffer_bytes or x.offset + x.bytes <= caps.buffer_bytes
-            if fits and not any(m.value in apart.get(x.value, ()) for m in members):
+            hostile = set().union(*(apart.get(m.value, ()) for m in x.members))
+            if fits and not any(m.value in hostile for m in members):
                 break
-        members.append(x)
+        members += x.members
         pools[x.pool] = max(pools.get(x.pool, 0), _aligned(x.offset + x.bytes, caps.offset_alignment))
+    return {m.value: m.buffer for members in placed.values() for m in members}
 
 
 def lowest_gap(x: Lifetime, members: Sequence[Lifetime], align: int) -> int:
@@ -186,10 +230,12 @@ def _overlap(a: Sequence[tuple[str, int, int]], b: Sequence[tuple[str, int, int]
 
 def _slots(name: str, buffer: Buffer, module: Module) -> list[tuple[str, Buffer]]:
     """A function's result or input as hosts see it: flat gradients as one slot for each weight."""
-    if name != GRADIENTS:
+    layout = Layout.of(module)
+    if name not in layout.names(GRADIENTS):
         return [(name, buffer)]
-    places = Layout.of(module).places
-    return [(f"grad:{n}", Buffer(buffer.pool, buffer.offset + 4 * o, TensorType("f32", s))) for n, (o, s) in places.items()]
+    start, stop = layout.pieces[layout.names(GRADIENTS).index(name)]
+    inside = {n: (o - start, s) for n, (o, s) in layout.places.items() if start <= o < stop}
+    return [(f"grad:{n}", Buffer(buffer.pool, buffer.offset + 4 * o, TensorType("f32", s))) for n, (o, s) in inside.items()]
 
 
 def _parameters(module: Module, state: dict[Value, Buffer]) -> dict[str, tuple[Parameter, Buffer]]:
@@ -200,7 +246,9 @@ def _parameters(module: Module, state: dict[Value, Buffer]) -> dict[str, tuple[P
         for name, (offset, shape) in layout.places.items():
             type = TensorType("f32", shape)
             init = tuple(module.attrs["inits"][name]) if role == "param" else ("constant", 0.0)
-            buffer = Buffer(pools[pool].pool, pools[pool].offset + 4 * offset, type)
+            piece = layout.parts(name)[0][0]
+            flat = pools[layout.names(pool)[piece]]
+            buffer = Buffer(flat.pool, flat.offset + 4 * (offset - layout.pieces[piece][0]), type)
             found[name + suffix] = (Parameter(name + suffix, Value(type, name), role, init), buffer)
     return found
 

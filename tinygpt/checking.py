@@ -16,12 +16,11 @@ from tinygpt.ir.core import Function, Module
 from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.interpret import evaluate
 from tinygpt.lowering.differentiate import GRADIENT
-from tinygpt.lowering.optimizer import Layout
+from tinygpt.lowering.optimizer import POOLS, Layout
 from tinygpt.lowering.pipeline import Stage
 
 MOST_FLOPS = 1.5e9  # of a training step: the interpreter needs about 0.1 µs for each at the loop level
 LR, STEP = 3e-3, 1e-4
-POOLS = ("weights", "adam.m", "adam.v")
 
 # Largest difference that passes, relative to the largest element of the reference. Loops run in float32, the rest in
 # float64, but for constants that a pass has rounded to float32 (the scale behind dropout).
@@ -79,8 +78,9 @@ class StageChecker:
             return evaluate(module, name, given, {n: _as(w, real) for n, w in self.weights.items()})
         layout = Layout.of(module)
         pools = {
-            pool: _as(layout.pooled(arrays), real)
-            for pool, arrays in zip(POOLS, (self.weights, *self.moments), strict=True)
+            name: _as(piece, real)
+            for stem, arrays in zip(POOLS, (self.weights, *self.moments), strict=True)
+            for name, piece in layout.cut(layout.pooled(arrays), stem).items()
         }
         return _by_name(layout, evaluate(module, name, given, pools))
 
@@ -167,10 +167,8 @@ def _by_name(layout: Layout, found: Mapping[str, np.ndarray]) -> Arrays:
     """Flat results as one array for each weight: grad:NAME; new weights and moments as NAME, NAME.m, NAME.v."""
     named: Arrays = {}
     prefixes = {"gradients": (GRADIENT, ""), "@weights": ("", ""), "@adam.m": ("", ".m"), "@adam.v": ("", ".v")}
-    for result, array in found.items():
-        if result not in prefixes:
-            named[result] = array
-            continue
-        before, behind = prefixes[result]
-        named |= {f"{before}{n}{behind}": part for n, part in layout.named(array).items()}
-    return named
+    for stem, (before, behind) in prefixes.items():
+        if stem in found:
+            named |= {f"{before}{n}{behind}": part for n, part in layout.named(layout.joined(found, stem)).items()}
+    pieces = {name for stem in prefixes for name in layout.names(stem)}
+    return named | {result: array for result, array in found.items() if result not in pieces}

@@ -15,7 +15,7 @@ from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Module
 from tinygpt.ir.interpret import evaluate
 from tinygpt.lowering import pipeline
-from tinygpt.lowering.optimizer import Layout
+from tinygpt.lowering.optimizer import POOLS, Layout
 
 SEED = np.array([42, 0], np.uint32)
 LARGEST_PARAMETERS = 16 << 20  # bytes; the vectors of a larger model would dwarf its code
@@ -59,7 +59,8 @@ def _for_small_model(captured: Module, optimized: Module) -> tuple[Vectors, Tole
     tolerances: Tolerances = {}
     layout = Layout.of(optimized)
     weights = layout.pooled(wide)
-    state = {"weights": weights, "adam.m": np.zeros_like(weights), "adam.v": np.zeros_like(weights)}
+    flat = dict(zip(POOLS, (weights, np.zeros_like(weights), np.zeros_like(weights)), strict=True))
+    state = {name: piece for stem, array in flat.items() for name, piece in layout.cut(array, stem).items()}
     for name in ("loss", "train_step"):
         given = {p.hint: (batch | _step_inputs())[p.hint] for p in optimized.functions[name].params}
         found = evaluate(optimized, name, given, state)
@@ -87,7 +88,7 @@ def _for_large_model(captured: Module, optimized: Module) -> tuple[Vectors, Tole
 
 def _clear_updates(layout: Layout, step: Mapping[str, np.ndarray]) -> Vectors:
     """The vectors among the new weights whose direction no rounding changes: AdamW's first step is a sign."""
-    moments, weights = layout.named(step["@adam.m"]), layout.named(step["@weights"])
+    moments, weights = (layout.named(layout.joined(step, f"@{stem}")) for stem in ("adam.m", "weights"))
     return {n: weights[n] for n, m in moments.items() if m.ndim == 1 and np.abs(m).min() > _CLEAR_GRADIENT}
 
 
