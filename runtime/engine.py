@@ -50,7 +50,11 @@ class Profiler(Protocol):
 
     def profile(self, function: str, runs: int) -> NDArray[np.float64]:
         """Run a function so often, on inputs written before. Seconds [runs, threads, launches + 1]: what each thread
-        spent on each launch, in the order of the manifest, and last on waiting for the others."""
+        spent on each launch, in the order of the manifest, and last on waiting for the others. Raises UserError if the
+        device has no clock for that."""
+
+    def where(self) -> str:
+        """What computes: how many threads, or which GPU."""
 
 
 EngineFactory = Callable[[Path, Manifest, int | None], Engine]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.wgsl_device import device
+from tinygpt.cli import main
 from tinygpt.compiler import compile
 from tinygpt.model import TinyGPT
 from tinygpt.presets import find
+from tinygpt.profiling import profile
 from tinygpt.runtime import bundle as bundles
+from tinygpt.runtime import gpu
 from tinygpt.runtime.bundle import Bundle
 from tinygpt.runtime.errors import UserError
 
@@ -104,12 +109,51 @@ def test_two_runs_give_the_same_bits(bundle: Bundle) -> None:
     assert curve() == curve()
 
 
-def test_a_damaged_launch_is_refused(tmp_path: Path) -> None:
-    device()
-    compile("tiny", "wgsl", out=tmp_path / "b")
-    path = tmp_path / "b" / "manifest.json"
+def test_a_profile_times_every_launch_on_the_device(bundle: Bundle) -> None:
+    with bundle.session() as session:
+        found = profile(session, {}, runs=3)
+        launches = len(bundle.manifest.functions["train_step"].launches)
+        seconds = session.engine.profile("train_step", 2)
+    assert sum(row.launches for row in found.rows) == launches and seconds.shape == (2, 1, launches + 1)
+    assert found.where == session.engine.where() and found.total_ms > 0
+    assert (seconds[..., :-1] >= 0).all() and (seconds.sum(axis=2) > 0).all()
+
+
+def test_launches_of_several_query_sets_are_all_timed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_TIMED_LAUNCHES", 16)  # of two queries: offsets of readings are multiples of 256
+    with bundle.session() as session:
+        seconds = session.engine.profile("train_step", 1)
+    assert np.count_nonzero(seconds[0, 0, :-1]) > seconds.shape[-1] // 2
+
+
+def test_a_device_without_a_clock_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_CLOCK", "a-clock-nobody-has")
+    with bundle.session() as session, pytest.raises(UserError, match="cannot time single kernels: its driver has no a-clock"):
+        profile(session, {}, runs=1)
+
+
+def test_the_command_names_the_gpu_and_its_kernels(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", str(bundle.folder), "--runs", "1"]) == 0
+    text = capsys.readouterr().out
+    assert " ms on " in text and " thread" not in text.splitlines()[0]
+    assert "matmul gelu_d0 mul gelu" in text and "GFLOP/s" in text
+
+
+def damaged(bundle: Bundle, to: Path, damage: Callable[[list[Any]], None]) -> Path:
+    """A copy of the bundle in which the launches of `init` are damaged."""
+    shutil.copytree(bundle.folder, to)
+    path = to / "manifest.json"
     document = json.loads(path.read_text())
-    document["target"]["functions"]["init"][0]["bindings"][0][1] = 1 << 40
+    damage(document["target"]["functions"]["init"])
     path.write_text(json.dumps(document))
+    return to
+
+
+def test_a_damaged_launch_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    def far(launches: list[Any]) -> None:
+        launches[0]["bindings"][0][1] = 1 << 40
+
     with pytest.raises(UserError, match="functions.init is malformed: binding"):
-        bundles.load(tmp_path / "b").session()
+        bundles.load(damaged(bundle, tmp_path / "far", far)).session()
+    with pytest.raises(UserError, match="functions.init has 0 launches, the manifest"):
+        bundles.load(damaged(bundle, tmp_path / "none", lambda launches: launches.clear())).session()
