@@ -97,6 +97,16 @@ def host_files(target: str) -> dict[str, bytes]:
     return {}
 
 
+def local_device(target: str) -> dict[str, Any]:
+    """What this machine's device for a target is and has: the `local_device()` of the module that runs it here.
+
+    Raises UserError if none says."""
+    for module in _modules([]):
+        if target in _exported(module) and hasattr(module, "local_device"):
+            return dict(module.local_device())
+    raise UserError(f"nothing here knows a device for target {target!r}", hint="name a profile instead: --set profile=NAME")
+
+
 def _modules(failures: list[str]) -> Iterator[ModuleType]:
     """This package's modules one by one, so that a search stops before it imports more than it needs."""
     for info in pkgutil.iter_modules(tinygpt.runtime.__path__, "tinygpt.runtime."):

@@ -23,7 +23,8 @@ _FEATURES = {"subgroups": "subgroup"}  # features whose name in wgpu is not the 
 _ADAPTERS = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "CPU", "Unknown")  # best first
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
 _VECTOR_BYTES = 16
-_MOST_WORKGROUPS = 65535
+_GRID = "max-compute-workgroups-per-dimension"
+_MOST_WORKGROUPS = 65535  # where a bundle does not ask for more
 _CLOCK = "timestamp-query"  # asked for where the device has it: it costs nothing until a profile is taken
 _TIMED_LAUNCHES = 2048  # of a set of queries: two each, and a set has at most 4096
 
@@ -72,7 +73,7 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
         raise refuse("features is not a list of names")
     limits = mapping("limits")
-    if not all(type(n) is int and 0 < n < 1 << 32 for n in limits.values()):
+    if not all(type(n) is int and 0 < n < 1 << 53 for n in limits.values()):
         raise refuse("limits are not positive integers")
     kernels = {}
     for name, entry in mapping("kernels").items():
@@ -86,7 +87,7 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
         if not isinstance(entries, list):
             raise refuse(f"functions.{name} is not a list")
         try:
-            functions[name] = tuple(_dispatch(entry, kernels, manifest.pools) for entry in entries)
+            functions[name] = tuple(_dispatch(entry, kernels, manifest.pools, limits.get(_GRID, _MOST_WORKGROUPS)) for entry in entries)
         except (KeyError, TypeError, ValueError) as error:
             raise refuse(f"functions.{name} is malformed: {error}") from error
         if len(entries) != len(manifest.functions[name].launches):
@@ -94,11 +95,11 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
     return DeviceRecord(tuple(features), dict(limits), kernels, functions)
 
 
-def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[str, int]) -> Dispatch:
+def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[str, int], most: int) -> Dispatch:
     """One launch. Raises KeyError, TypeError or ValueError, saying what is wrong."""
     kernel = kernels[entry["kernel"]]
     workgroups = tuple(entry["workgroups"])
-    if len(workgroups) != 3 or not all(type(n) is int and 1 <= n <= _MOST_WORKGROUPS for n in workgroups):
+    if len(workgroups) != 3 or not all(type(n) is int and 1 <= n <= most for n in workgroups):
         raise ValueError(f"workgroups {workgroups}")
     bindings = tuple((str(pool), offset, size) for pool, offset, size in entry["bindings"])
     if len(bindings) != len(kernel.read_only):
@@ -131,7 +132,7 @@ class GpuEngine:
         bundle needs, or if the record is damaged."""
         self._folder, self._manifest = folder, manifest
         self._record = device_record(folder, manifest)
-        self._wgpu = _wgpu(folder)
+        self._wgpu = _wgpu(f"running bundle {folder}")
         self._device = _device(self._wgpu, folder, self._record)
         usage = self._wgpu.BufferUsage
         flags = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
@@ -250,19 +251,31 @@ class GpuEngine:
 ENGINES = {"wgsl": GpuEngine}
 
 
-def _wgpu(folder: Path) -> Any:
+def local_device() -> dict[str, Any]:
+    """The GPU a bundle would run on here: its `name`, and its `features` and `limits` as the specification calls them.
+
+    Raises UserError if wgpu or a driver is missing."""
+    wanted = "reading what this machine's GPU has"
+    adapter = _adapters(_wgpu(wanted), wanted)[0]
+    names = {theirs: ours for ours, theirs in _FEATURES.items()}
+    return {
+        "name": adapter.info["device"],
+        "features": sorted(names.get(name, name) for name in adapter.features),
+        "limits": dict(adapter.limits),
+    }
+
+
+def _wgpu(wanted: str) -> Any:
     try:
         import wgpu
     except ImportError as error:
-        raise UserError(f"bundle {folder}: running it in Python needs the package wgpu", hint=_INSTALL) from error
+        raise UserError(f"{wanted} in Python needs the package wgpu", hint=_INSTALL) from error
     return wgpu
 
 
 def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
     """A device of the best adapter that has what the bundle needs."""
-    adapters = sorted(wgpu.gpu.enumerate_adapters_sync(), key=_preference)
-    if not adapters:
-        raise UserError(f"bundle {folder}: no GPU driver found", hint=_INSTALL)
+    adapters = _adapters(wgpu, f"bundle {folder}")
     features = [_FEATURES.get(name, name) for name in record.features]
     reasons = []
     for adapter in adapters:
@@ -277,6 +290,14 @@ def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
         except (wgpu.GPUError, RuntimeError) as error:
             reasons.append(f"{adapter.info['device']}: {error}")
     raise UserError(f"bundle {folder}: no device has what it needs: {'; '.join(reasons)}", hint="compile for the profile webgpu-default")
+
+
+def _adapters(wgpu: Any, wanted: str) -> list[Any]:
+    """This machine's GPUs, best first. Raises UserError if there is none."""
+    adapters = sorted(wgpu.gpu.enumerate_adapters_sync(), key=_preference)
+    if not adapters:
+        raise UserError(f"{wanted}: no GPU driver found", hint=_INSTALL)
+    return adapters
 
 
 def _seconds_per_tick(device: Any) -> float:

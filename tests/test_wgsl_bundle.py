@@ -15,16 +15,21 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cli import CONFIG
 from tests.wgsl_device import device
 from tinygpt.cli import main
-from tinygpt.compiler import compile
+from tinygpt.compiler import compile, device_for
+from tinygpt.ir.errors import UserError as CompilerUserError
 from tinygpt.model import TinyGPT
 from tinygpt.presets import find
 from tinygpt.profiling import profile
+from tinygpt.regeneration import regenerate
 from tinygpt.runtime import bundle as bundles
 from tinygpt.runtime import gpu
 from tinygpt.runtime.bundle import Bundle
+from tinygpt.runtime.engine import local_device
 from tinygpt.runtime.errors import UserError
+from tinygpt.targets.wgsl.profiles import DEFAULT, LIMITS
 
 VALIDATE = """
 import sys, wgpu
@@ -157,3 +162,38 @@ def test_a_damaged_launch_is_refused(bundle: Bundle, tmp_path: Path) -> None:
         bundles.load(damaged(bundle, tmp_path / "far", far)).session()
     with pytest.raises(UserError, match="functions.init has 0 launches, the manifest"):
         bundles.load(damaged(bundle, tmp_path / "none", lambda launches: launches.clear())).session()
+
+
+def test_a_profile_is_read_from_the_adapter_and_kept_in_the_bundle(tmp_path: Path) -> None:
+    device()
+    found = compile(CONFIG, "wgsl", 2, 8, out=tmp_path / "b", options={"profile": "adapter"})
+    described = gpu.local_device()
+    target = found.manifest.target
+    assert target["profile"] == "adapter" and json.loads(target["options"]["device"]) == json.loads(json.dumps(described))
+    assert set(target["features"]) == {"subgroups", "shader-f16"} & set(described["features"])
+    assert target["limits"] == {name: min(described["limits"][name], limit) for name, limit in target["limits"].items()}
+    assert target["limits"]["max-compute-workgroup-storage-size"] == described["limits"]["max-compute-workgroup-storage-size"]
+    again = regenerate(tmp_path / "b").compilation
+    assert again.manifest["target"] == target
+    assert found.selftest().passed
+
+
+def test_a_description_of_a_device_makes_its_profile() -> None:
+    limits = {name: 2 * getattr(DEFAULT, field) for name, field in LIMITS.items()} | {"max-buffer-size": 1 << 63}
+    options = {"profile": "adapter", "device": json.dumps({"features": ["subgroups", "depth-clip-control"], "limits": limits})}
+    _, caps = device_for("wgsl", options)
+    assert caps.features == {"subgroups"} and caps.bindings == 16 and caps.grid_limit == 131070
+    assert caps.buffer_bytes == (1 << 53) - 1
+    for device, problem in (
+        ("[]", "no description of a device"), ("{}", "no description of a device: 'features'"),
+        (json.dumps({"features": [], "limits": limits | {"max-buffer-size": 9}}), "max-buffer-size is 9, WebGPU promises 268,435,456"),
+    ):  # fmt: skip
+        with pytest.raises(CompilerUserError, match=problem):
+            device_for("wgsl", {"profile": "adapter", "device": device})
+
+
+def test_a_target_without_a_device_of_its_own_has_no_such_profile() -> None:
+    with pytest.raises(CompilerUserError, match="cpp has no profile 'adapter'"):
+        compile("tiny", "cpp", options={"profile": "adapter"})
+    with pytest.raises(UserError, match="nothing here knows a device for target 'cpp'"):
+        local_device("cpp")
