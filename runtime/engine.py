@@ -50,7 +50,11 @@ class Profiler(Protocol):
 
     def profile(self, function: str, runs: int) -> NDArray[np.float64]:
         """Run a function so often, on inputs written before. Seconds [runs, threads, launches + 1]: what each thread
-        spent on each launch, in the order of the manifest, and last on waiting for the others."""
+        spent on each launch, in the order of the manifest, and last on waiting for the others. Raises UserError if the
+        device has no clock for that."""
+
+    def where(self) -> str:
+        """What computes: how many threads, or which GPU."""
 
 
 EngineFactory = Callable[[Path, Manifest, int | None], Engine]
@@ -97,6 +101,16 @@ def web_files(*names: str) -> dict[str, bytes]:
     """Files of the JavaScript host, under the names they have in a bundle."""
     folder = Path(__file__).parent / "web"
     return {f"host/{name}": (folder / name).read_bytes() for name in names}
+
+
+def local_device(target: str) -> dict[str, Any]:
+    """What this machine's device for a target is and has: the `local_device()` of the module that runs it here.
+
+    Raises UserError if none says."""
+    for module in _modules([]):
+        if target in _exported(module) and hasattr(module, "local_device"):
+            return dict(module.local_device())
+    raise UserError(f"nothing here knows a device for target {target!r}", hint="name a profile instead: --set profile=NAME")
 
 
 def _modules(failures: list[str]) -> Iterator[ModuleType]:

@@ -1,7 +1,8 @@
 """Runs WebGPU bundles on the system's GPU through wgpu: one buffer a pool, one submit a step.
 
 A function is recorded into one command encoder with one compute pass; pipelines and bind groups are made when it runs
-for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers."""
+for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers. A
+profile gives each launch a pass of its own, with the device's clock read at both ends."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ _FEATURES = {"subgroups": "subgroup"}  # features whose name in wgpu is not the 
 _ADAPTERS = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "CPU", "Unknown")  # best first
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
 _VECTOR_BYTES = 16
-_MOST_WORKGROUPS = 65535
+_GRID = "max-compute-workgroups-per-dimension"
+_MOST_WORKGROUPS = 65535  # where a bundle does not ask for more
+_CLOCK = "timestamp-query"  # asked for where the device has it: it costs nothing until a profile is taken
+_TIMED_LAUNCHES = 2048  # of a set of queries: two each, and a set has at most 4096
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
         raise refuse("features is not a list of names")
     limits = mapping("limits")
-    if not all(type(n) is int and 0 < n < 1 << 32 for n in limits.values()):
+    if not all(type(n) is int and 0 < n < 1 << 53 for n in limits.values()):
         raise refuse("limits are not positive integers")
     kernels = {}
     for name, entry in mapping("kernels").items():
@@ -84,17 +88,19 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
         if not isinstance(entries, list):
             raise refuse(f"functions.{name} is not a list")
         try:
-            functions[name] = tuple(_dispatch(entry, kernels, manifest.pools) for entry in entries)
+            functions[name] = tuple(_dispatch(entry, kernels, manifest.pools, limits.get(_GRID, _MOST_WORKGROUPS)) for entry in entries)
         except (KeyError, TypeError, ValueError) as error:
             raise refuse(f"functions.{name} is malformed: {error}") from error
+        if len(entries) != len(manifest.functions[name].launches):
+            raise refuse(f"functions.{name} has {len(entries)} launches, the manifest {len(manifest.functions[name].launches)}")
     return DeviceRecord(tuple(features), dict(limits), kernels, functions)
 
 
-def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[str, int]) -> Dispatch:
+def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[str, int], most: int) -> Dispatch:
     """One launch. Raises KeyError, TypeError or ValueError, saying what is wrong."""
     kernel = kernels[entry["kernel"]]
     workgroups = tuple(entry["workgroups"])
-    if len(workgroups) != 3 or not all(type(n) is int and 1 <= n <= _MOST_WORKGROUPS for n in workgroups):
+    if len(workgroups) != 3 or not all(type(n) is int and 1 <= n <= most for n in workgroups):
         raise ValueError(f"workgroups {workgroups}")
     bindings = tuple((str(pool), offset, size) for pool, offset, size in entry["bindings"])
     if len(bindings) != len(kernel.read_only):
@@ -105,6 +111,20 @@ def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[st
     return Dispatch(entry["kernel"], (workgroups[0], workgroups[1], workgroups[2]), bindings)
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """A dispatch that is ready to record."""
+
+    pipeline: Any
+    group: Any
+    workgroups: tuple[int, int, int]
+
+    def record(self, work: Any) -> None:
+        work.set_pipeline(self.pipeline)
+        work.set_bind_group(0, self.group)
+        work.dispatch_workgroups(*self.workgroups)
+
+
 class GpuEngine:
     """A device with the bundle's pools in its memory."""
 
@@ -113,7 +133,7 @@ class GpuEngine:
         bundle needs, or if the record is damaged."""
         self._folder, self._manifest = folder, manifest
         self._record = device_record(folder, manifest)
-        self._wgpu = _wgpu(folder)
+        self._wgpu = _wgpu(f"running bundle {folder}")
         self._device = _device(self._wgpu, folder, self._record)
         usage = self._wgpu.BufferUsage
         flags = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
@@ -127,7 +147,7 @@ class GpuEngine:
                     hint="compile with a smaller --batch or --context",
                 ) from error
         self._pipelines: dict[str, tuple[Any, Any]] = {}
-        self._ready: dict[str, list[tuple[Any, Any, tuple[int, int, int]]]] = {}
+        self._ready: dict[str, list[_Launch]] = {}
 
     @property
     def threads(self) -> int:
@@ -141,18 +161,47 @@ class GpuEngine:
         return np.frombuffer(content, slot.numpy_dtype).reshape(slot.shape).copy()
 
     def run(self, function: str) -> None:
-        if not self._pools:
-            raise RuntimeError("the engine is closed")
-        if function not in self._ready:
-            self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
+        launches = self._launches(function)
         encoder = self._device.create_command_encoder(label=function)
         work = encoder.begin_compute_pass(label=function)
-        for pipeline, group, workgroups in self._ready[function]:
-            work.set_pipeline(pipeline)
-            work.set_bind_group(0, group)
-            work.dispatch_workgroups(*workgroups)
+        for launch in launches:
+            launch.record(work)
         work.end()
         self._device.queue.submit([encoder.finish()])
+
+    def where(self) -> str:
+        return str(self._device.adapter.info["device"])
+
+    def profile(self, function: str, runs: int) -> NDArray[np.float64]:
+        """Run a function so often, each launch in a pass of its own; seconds [runs, 1, launches + 1], the last between
+        passes: less than 0 where the device runs launches side by side. Raises UserError where it has no clock."""
+        if _CLOCK not in self._device.features:
+            raise UserError(
+                f"bundle {self._folder}: {self.where()} cannot time single kernels: its driver has no {_CLOCK}",
+                hint="profile it on another driver, or time whole steps: tinygpt bench CONFIG --target wgsl",
+            )
+        launches = self._launches(function)
+        counts = [2 * min(_TIMED_LAUNCHES, len(launches) - first) for first in range(0, len(launches), _TIMED_LAUNCHES)]
+        clocks = [self._device.create_query_set(type="timestamp", count=count) for count in counts]
+        usage = self._wgpu.BufferUsage.QUERY_RESOLVE | self._wgpu.BufferUsage.COPY_SRC
+        readings = self._device.create_buffer(label="timestamps", size=16 * len(launches), usage=usage)
+        laps = np.zeros((runs, 1, len(launches) + 1))
+        for lap in laps[:, 0]:
+            encoder = self._device.create_command_encoder(label=function)
+            for number, launch in enumerate(launches):
+                clock, begin = clocks[number // _TIMED_LAUNCHES], 2 * (number % _TIMED_LAUNCHES)
+                times = {"query_set": clock, "beginning_of_pass_write_index": begin, "end_of_pass_write_index": begin + 1}
+                work = encoder.begin_compute_pass(label=function, timestamp_writes=times)
+                launch.record(work)
+                work.end()
+            for number, clock in enumerate(clocks):
+                encoder.resolve_query_set(clock, 0, clock.count, readings, 16 * _TIMED_LAUNCHES * number)
+            self._device.queue.submit([encoder.finish()])
+            ticks = np.frombuffer(self._device.queue.read_buffer(readings), np.int64).reshape(-1, 2)
+            lap[:-1] = ticks[:, 1] - ticks[:, 0]
+            lap[-1] = ticks.max() - ticks.min() - lap[:-1].sum()
+        readings.destroy()
+        return laps * _seconds_per_tick(self._device)
 
     def close(self) -> None:
         pools, self._pools = self._pools, {}
@@ -160,7 +209,15 @@ class GpuEngine:
         for pool in pools.values():
             pool.destroy()
 
-    def _prepared(self, dispatch: Dispatch) -> tuple[Any, Any, tuple[int, int, int]]:
+    def _launches(self, function: str) -> list[_Launch]:
+        """A function's launches, prepared when it is asked for first. Raises UserError naming a kernel."""
+        if not self._pools:
+            raise RuntimeError("the engine is closed")
+        if function not in self._ready:
+            self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
+        return self._ready[function]
+
+    def _prepared(self, dispatch: Dispatch) -> _Launch:
         """The pipeline and the bind group of a launch. Raises UserError naming the kernel."""
         try:
             pipeline, layout = self._pipeline(dispatch.kernel)
@@ -171,7 +228,7 @@ class GpuEngine:
             group = self._device.create_bind_group(label=dispatch.kernel, layout=layout, entries=entries)
         except self._wgpu.GPUError as error:
             raise UserError(f"bundle {self._folder}: the driver refuses kernel {dispatch.kernel}: {error}", hint=_AGAIN) from error
-        return pipeline, group, dispatch.workgroups
+        return _Launch(pipeline, group, dispatch.workgroups)
 
     def _pipeline(self, name: str) -> tuple[Any, Any]:
         if name not in self._pipelines:
@@ -200,19 +257,31 @@ def host_files() -> dict[str, bytes]:
     return web_files("tinygpt.mjs", "webgpu.mjs", "index.html")
 
 
-def _wgpu(folder: Path) -> Any:
+def local_device() -> dict[str, Any]:
+    """The GPU a bundle would run on here: its `name`, and its `features` and `limits` as the specification calls them.
+
+    Raises UserError if wgpu or a driver is missing."""
+    wanted = "reading what this machine's GPU has"
+    adapter = _adapters(_wgpu(wanted), wanted)[0]
+    names = {theirs: ours for ours, theirs in _FEATURES.items()}
+    return {
+        "name": adapter.info["device"],
+        "features": sorted(names.get(name, name) for name in adapter.features),
+        "limits": dict(adapter.limits),
+    }
+
+
+def _wgpu(wanted: str) -> Any:
     try:
         import wgpu
     except ImportError as error:
-        raise UserError(f"bundle {folder}: running it in Python needs the package wgpu", hint=_INSTALL) from error
+        raise UserError(f"{wanted} in Python needs the package wgpu", hint=_INSTALL) from error
     return wgpu
 
 
 def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
     """A device of the best adapter that has what the bundle needs."""
-    adapters = sorted(wgpu.gpu.enumerate_adapters_sync(), key=_preference)
-    if not adapters:
-        raise UserError(f"bundle {folder}: no GPU driver found", hint=_INSTALL)
+    adapters = _adapters(wgpu, f"bundle {folder}")
     features = [_FEATURES.get(name, name) for name in record.features]
     reasons = []
     for adapter in adapters:
@@ -222,10 +291,26 @@ def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
             reasons.append(f"{adapter.info['device']} lacks {', '.join(missing)}")
             continue
         try:
-            return adapter.request_device_sync(required_features=features, required_limits=dict(record.limits))
+            wanted = [*features, *({_CLOCK} & set(adapter.features))]
+            return adapter.request_device_sync(required_features=wanted, required_limits=dict(record.limits))
         except (wgpu.GPUError, RuntimeError) as error:
             reasons.append(f"{adapter.info['device']}: {error}")
     raise UserError(f"bundle {folder}: no device has what it needs: {'; '.join(reasons)}", hint="compile for the profile webgpu-default")
+
+
+def _adapters(wgpu: Any, wanted: str) -> list[Any]:
+    """This machine's GPUs, best first. Raises UserError if there is none."""
+    adapters = sorted(wgpu.gpu.enumerate_adapters_sync(), key=_preference)
+    if not adapters:
+        raise UserError(f"{wanted}: no GPU driver found", hint=_INSTALL)
+    return adapters
+
+
+def _seconds_per_tick(device: Any) -> float:
+    """wgpu hands timestamps on as the device counts them; its C interface knows the length of a tick in nanoseconds."""
+    from wgpu.backends.wgpu_native import lib
+
+    return 1e-9 * float(lib.wgpuQueueGetTimestampPeriod(device.queue._internal))
 
 
 def _preference(adapter: Any) -> tuple[int, int]:

@@ -182,6 +182,9 @@ class NativeEngine:
             raise RuntimeError("the engine is closed")
         self._library.tinygpt_run(self._model, self._entries[function])
 
+    def where(self) -> str:
+        return f"{self._threads} thread{'s' * (self._threads > 1)}"
+
     def profile(self, function: str, runs: int) -> NDArray[np.float64]:
         """Run a function so often; seconds [runs, threads, launches + 1], the last for waiting."""
         launches = self._launches[function]

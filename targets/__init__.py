@@ -25,7 +25,8 @@ class Target:
 
     `choose` picks the profile for `--set` options (it removes the ones it knows); `emit` turns a plan into the bundle's
     files, given the manifest so far; `record` is manifest["target"]. `source` is a loop kernel as people read it in this
-    target's language; `local` are the options that suit the engine which runs the target in this process."""
+    target's language; `local` are the options that suit the engine which runs the target in this process. `live` names the
+    profile that is read from a device: with `profile` that, the option `device` describes one, as JSON."""
 
     name: str
     choose: Callable[[dict[str, str]], Caps]
@@ -33,6 +34,7 @@ class Target:
     record: Callable[[Plan, Files, Caps, bool], dict[str, Any]]
     source: Callable[[Kernel, Caps], str]
     local: Mapping[str, str] = field(default_factory=dict)
+    live: str = ""
 
 
 def targets() -> dict[str, Target]:

@@ -114,6 +114,7 @@ def test_parity_with_pytorch_is_close_and_prints_the_contract(tinygpt: CommandLi
 def test_profile_names_kernels_with_their_share_and_speed(tinygpt: CommandLine) -> None:
     tinygpt.works("compile", "mini.json", "--out", "b", *SHAPE)
     text = tinygpt.works("profile", "b", "--threads", "1", "--runs", "3")
+    assert " ms on 1 thread" in text
     assert "GFLOP/s" in text and "k2_matmul" in text and "matmul add" in text and "waiting" in text
     done = regenerate(tinygpt.folder / "b")
     flops = flops_by_hash(done)

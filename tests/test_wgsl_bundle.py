@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.cli import CONFIG
 from tests.wgsl_device import device
-from tinygpt.compiler import compile
+from tinygpt.cli import main
+from tinygpt.compiler import compile, device_for
+from tinygpt.ir.errors import UserError as CompilerUserError
 from tinygpt.model import TinyGPT
 from tinygpt.presets import find
+from tinygpt.profiling import profile
+from tinygpt.regeneration import regenerate
 from tinygpt.runtime import bundle as bundles
+from tinygpt.runtime import gpu
 from tinygpt.runtime.bundle import Bundle
+from tinygpt.runtime.engine import local_device
 from tinygpt.runtime.errors import UserError
+from tinygpt.targets.wgsl.profiles import DEFAULT, LIMITS
 
 VALIDATE = """
 import sys, wgpu
@@ -104,12 +114,86 @@ def test_two_runs_give_the_same_bits(bundle: Bundle) -> None:
     assert curve() == curve()
 
 
-def test_a_damaged_launch_is_refused(tmp_path: Path) -> None:
-    device()
-    compile("tiny", "wgsl", out=tmp_path / "b")
-    path = tmp_path / "b" / "manifest.json"
+def test_a_profile_times_every_launch_on_the_device(bundle: Bundle) -> None:
+    with bundle.session() as session:
+        found = profile(session, {}, runs=3)
+        launches = len(bundle.manifest.functions["train_step"].launches)
+        seconds = session.engine.profile("train_step", 2)
+    assert sum(row.launches for row in found.rows) == launches and seconds.shape == (2, 1, launches + 1)
+    assert found.where == session.engine.where() and found.total_ms > 0
+    assert (seconds[..., :-1] >= 0).all() and (seconds.sum(axis=2) > 0).all()
+
+
+def test_launches_of_several_query_sets_are_all_timed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_TIMED_LAUNCHES", 16)  # of two queries: offsets of readings are multiples of 256
+    with bundle.session() as session:
+        seconds = session.engine.profile("train_step", 1)
+    assert np.count_nonzero(seconds[0, 0, :-1]) > seconds.shape[-1] // 2
+
+
+def test_a_device_without_a_clock_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_CLOCK", "a-clock-nobody-has")
+    with bundle.session() as session, pytest.raises(UserError, match="cannot time single kernels: its driver has no a-clock"):
+        profile(session, {}, runs=1)
+
+
+def test_the_command_names_the_gpu_and_its_kernels(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", str(bundle.folder), "--runs", "1"]) == 0
+    text = capsys.readouterr().out
+    assert " ms on " in text and " thread" not in text.splitlines()[0]
+    assert "matmul gelu_d0 mul gelu" in text and "GFLOP/s" in text
+
+
+def damaged(bundle: Bundle, to: Path, damage: Callable[[list[Any]], None]) -> Path:
+    """A copy of the bundle in which the launches of `init` are damaged."""
+    shutil.copytree(bundle.folder, to)
+    path = to / "manifest.json"
     document = json.loads(path.read_text())
-    document["target"]["functions"]["init"][0]["bindings"][0][1] = 1 << 40
+    damage(document["target"]["functions"]["init"])
     path.write_text(json.dumps(document))
+    return to
+
+
+def test_a_damaged_launch_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    def far(launches: list[Any]) -> None:
+        launches[0]["bindings"][0][1] = 1 << 40
+
     with pytest.raises(UserError, match="functions.init is malformed: binding"):
-        bundles.load(tmp_path / "b").session()
+        bundles.load(damaged(bundle, tmp_path / "far", far)).session()
+    with pytest.raises(UserError, match="functions.init has 0 launches, the manifest"):
+        bundles.load(damaged(bundle, tmp_path / "none", lambda launches: launches.clear())).session()
+
+
+def test_a_profile_is_read_from_the_adapter_and_kept_in_the_bundle(tmp_path: Path) -> None:
+    device()
+    found = compile(CONFIG, "wgsl", 2, 8, out=tmp_path / "b", options={"profile": "adapter"})
+    described = gpu.local_device()
+    target = found.manifest.target
+    assert target["profile"] == "adapter" and json.loads(target["options"]["device"]) == json.loads(json.dumps(described))
+    assert set(target["features"]) == {"subgroups", "shader-f16"} & set(described["features"])
+    assert target["limits"] == {name: min(described["limits"][name], limit) for name, limit in target["limits"].items()}
+    assert target["limits"]["max-compute-workgroup-storage-size"] == described["limits"]["max-compute-workgroup-storage-size"]
+    again = regenerate(tmp_path / "b").compilation
+    assert again.manifest["target"] == target
+    assert found.selftest().passed
+
+
+def test_a_description_of_a_device_makes_its_profile() -> None:
+    limits = {name: 2 * getattr(DEFAULT, field) for name, field in LIMITS.items()} | {"max-buffer-size": 1 << 63}
+    options = {"profile": "adapter", "device": json.dumps({"features": ["subgroups", "depth-clip-control"], "limits": limits})}
+    _, caps = device_for("wgsl", options)
+    assert caps.features == {"subgroups"} and caps.bindings == 16 and caps.grid_limit == 131070
+    assert caps.buffer_bytes == (1 << 53) - 1
+    for device, problem in (
+        ("[]", "no description of a device"), ("{}", "no description of a device: 'features'"),
+        (json.dumps({"features": [], "limits": limits | {"max-buffer-size": 9}}), "max-buffer-size is 9, WebGPU promises 268,435,456"),
+    ):  # fmt: skip
+        with pytest.raises(CompilerUserError, match=problem):
+            device_for("wgsl", {"profile": "adapter", "device": device})
+
+
+def test_a_target_without_a_device_of_its_own_has_no_such_profile() -> None:
+    with pytest.raises(CompilerUserError, match="cpp has no profile 'adapter'"):
+        compile("tiny", "cpp", options={"profile": "adapter"})
+    with pytest.raises(UserError, match="nothing here knows a device for target 'cpp'"):
+        local_device("cpp")

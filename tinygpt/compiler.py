@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from tinygpt.captures import capture_config, complete
 from tinygpt.checking import StageChecker
+from tinygpt.devices import settled
 from tinygpt.golden import golden
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Kernel, Module
@@ -197,7 +198,8 @@ def compile(  # noqa: A001 - the public name
 
     `batch` and `context` default to the preset's; a captured module has its own. Without `out` the bundle lies in a
     temporary folder until it is saved elsewhere. Raises UserError for a config, target or option that does not fit."""
-    device, caps = device_for(target, options or {})
+    options = settled(target, options or {})
+    device, caps = device_for(target, options)
     module = module_for(model, batch, context) if resume is None else None
     done = lower(
         module, device, caps, strict=strict, dump=Path(dump) if dump else None, resume=Path(resume) if resume else None,

@@ -12,6 +12,7 @@ from typing import Any
 
 from tinygpt import compiler
 from tinygpt.config import nearest
+from tinygpt.devices import settled
 from tinygpt.ir.core import Function, Kernel, Module, Op, Value
 from tinygpt.ir.errors import UserError
 from tinygpt.ir.show import show, summary
@@ -40,7 +41,8 @@ def inspect(
     options: Mapping[str, str] | None = None,
 ) -> Inspector:
     """Compile what `tinygpt.compile` takes, and keep every stage. Raises UserError."""
-    device, caps = compiler.device_for(target, options or {})
+    options = settled(target, options or {})
+    device, caps = compiler.device_for(target, options)
     module = compiler.module_for(model, batch, context)
     return Inspector(compiler.lower(module, device, caps, strict=strict, options=options))
 

@@ -33,8 +33,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """The median run of a step: its kernels by time, and what threads spent waiting for one another."""
+    """The median run of a step: what computed it, its kernels by time, and what threads spent waiting for one another."""
 
+    where: str
     rows: tuple[Row, ...]
     waiting_ms: float
     total_ms: float
@@ -62,7 +63,7 @@ def profile(session: Session, flops: Mapping[str, int], runs: int = 15) -> Profi
     rows = [_row(name, manifest.kernels.get(name, {}), numbers, slowest, flops) for name, numbers in launches.items()]
     total = float(typical.sum(axis=1).max())
     return Profile(
-        tuple(sorted(rows, key=lambda row: -row.ms)), max(0.0, total - float(slowest.sum())) * 1e3, total * 1e3
+        engine.where(), tuple(sorted(rows, key=lambda row: -row.ms)), max(0.0, total - float(slowest.sum())) * 1e3, total * 1e3
     )
 
 

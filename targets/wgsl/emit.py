@@ -10,6 +10,7 @@ from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.plan import Buffer, Launch, Plan
 from tinygpt.targets.wgsl.names import identifier
 from tinygpt.targets.wgsl.printer import grid_size, print_kernel
+from tinygpt.targets.wgsl.profiles import LIMITS
 
 _VECTOR_BYTES = 16  # a binding holds whole vectors
 
@@ -40,15 +41,7 @@ def target_record(plan: Plan, caps: Caps) -> dict[str, Any]:
         "name": "wgsl",
         "profile": caps.name,
         "features": sorted(caps.features),
-        "limits": {
-            "max-storage-buffers-per-shader-stage": caps.bindings,
-            "max-storage-buffer-binding-size": caps.binding_bytes,
-            "max-buffer-size": caps.buffer_bytes,
-            "max-compute-workgroup-storage-size": caps.workgroup_bytes,
-            "max-compute-invocations-per-workgroup": caps.workgroup_threads,
-            "max-compute-workgroup-size-x": caps.workgroup_threads,
-            "max-compute-workgroups-per-dimension": caps.grid_limit,
-        },
+        "limits": {name: getattr(caps, field) for name, field in LIMITS.items()},
         "kernels": {name: {"file": file_name(name), "access": list(kernel.access)} for name, kernel in plan.kernels.items()},
         "functions": {name: [dispatch(plan, launch, caps) for launch in entry.launches] for name, entry in plan.entries.items()},
     }

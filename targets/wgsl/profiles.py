@@ -1,10 +1,14 @@
-"""The devices the WebGPU target writes for: what the specification promises, and what features add to it."""
+"""The devices the WebGPU target writes for: what the specification promises, what features add to it, and what one
+device says it has."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 from tinygpt.ir.caps import Caps
+from tinygpt.ir.errors import UserError
 
 MIB = 1 << 20
 
@@ -18,4 +22,37 @@ DEFAULT = Caps(
 SUBGROUPS = replace(DEFAULT, name="webgpu-subgroups", features=frozenset(("subgroups",)))
 F16 = replace(DEFAULT, name="webgpu-f16", features=frozenset(("shader-f16",)))
 
+KNOWN_FEATURES = frozenset(("subgroups", "shader-f16"))
+# What a device calls its limits, and the fields of a profile that keep to them.
+LIMITS = {
+    "max-storage-buffers-per-shader-stage": "bindings", "max-storage-buffer-binding-size": "binding_bytes",
+    "max-buffer-size": "buffer_bytes", "max-compute-workgroup-storage-size": "workgroup_bytes",
+    "max-compute-invocations-per-workgroup": "workgroup_threads", "max-compute-workgroup-size-x": "workgroup_threads",
+    "max-compute-workgroups-per-dimension": "grid_limit",
+}  # fmt: skip
+ADAPTER = "adapter"
+_LARGEST = {"binding_bytes": 1 << 33}  # whose elements an i32 counts
+_EXACT = (1 << 53) - 1  # larger integers are not the same for every reader of a manifest
+
 PROFILES = {caps.name: caps for caps in (DEFAULT, SUBGROUPS, F16)}
+
+
+def adapter(description: str) -> Caps:
+    """The profile of one device, described as JSON: its `features`, and its `limits` by the names of the specification
+    in lower case with hyphens. Raises UserError for a description that is none, or of a device below the default limits."""
+
+    def refuse(problem: str) -> UserError:
+        return UserError(f"--set device: {problem}", hint="leave it out to compile for this machine's GPU")
+
+    try:
+        device: Any = json.loads(description)
+        features, limits = frozenset(device["features"]), dict(device["limits"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise refuse(f"no description of a device: {error}") from error
+    found: dict[str, Any] = {}
+    for name, field in LIMITS.items():
+        limit = limits.get(name)
+        if type(limit) is not int or limit < getattr(DEFAULT, field):
+            raise refuse(f"{name} is {limit}, WebGPU promises {getattr(DEFAULT, field):,}")
+        found[field] = min(limit, found.get(field, limit), _LARGEST.get(field, _EXACT))
+    return replace(DEFAULT, name=ADAPTER, features=features & KNOWN_FEATURES, **found)

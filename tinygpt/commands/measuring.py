@@ -135,10 +135,7 @@ def _profile(args: Namespace) -> int:
     bundle = load(args.bundle)
     with bundle.session(args.threads) as session:
         found = profile(session, flops_by_hash(regenerate(Path(args.bundle))), args.runs)
-        threads = session.engine.threads
-    title = (
-        f"{bundle.manifest.name}: a training step of {found.total_ms:.2f} ms on {threads} thread{'s' * (threads > 1)}"
-    )
+    title = f"{bundle.manifest.name}: a training step of {found.total_ms:.2f} ms on {found.where}"
     kernels = table(title, "kernel", "of ", "launches", "ms", "%", "GFLOP/s")
     for row in found.rows:
         rate = f"{row.gflops:.1f}" if row.gflops is not None else ""

@@ -112,11 +112,12 @@ def chosen(args: Namespace, config: str, *, local: bool = False) -> Choice:
     """What to compile of a CONFIG argument and the options beside it; `local` prefers what this process runs fastest.
 
     Raises UserError for a config, target, field or option that does not exist or does not fit."""
+    from tinygpt.devices import settled
     from tinygpt.targets import target
 
     device = target(args.target)
     fields, options = _split(args.settings)
-    given = dict(device.local) | options if local else options
+    given = settled(args.target, dict(device.local) | options if local else options)
     left = dict(given)
     caps = device.choose(left)
     if left:
@@ -124,7 +125,7 @@ def chosen(args: Namespace, config: str, *, local: bool = False) -> Choice:
         raise UserError(
             f"--set {key}: neither a field of the config nor an option of {args.target}; "
             f"the nearest field is {nearest(key, FIELDS)!r}",
-            hint=f"fields: {', '.join(FIELDS)}; options: profile (cpp, wgsl); engine, threads, relaxed (wasm)",
+            hint=f"fields: {', '.join(FIELDS)}; options: profile (cpp, wgsl); device (wgsl); engine, threads, relaxed (wasm)",
         )
     preset = with_fields(find(config), fields)
     return Choice(preset, args.target, caps, given, *preset.shape(args.batch, args.context), args.strict)
