@@ -16,6 +16,7 @@ from tinygpt.ir import scalar
 from tinygpt.ir.core import Kernel, Module, Op, Region, Value
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.interpret_loop import run_loop_kernel
+from tinygpt.ir.interpret_workgroup import run_workgroups
 from tinygpt.ir.ops import OPS, Pointwise
 from tinygpt.ir.plan import grid_points
 from tinygpt.ir.text import print_op
@@ -63,6 +64,8 @@ def launch_evaluator(module: Module, wide: bool = False) -> Evaluator:
             buffers.append(x.reshape(-1)[offset:end])
         if kernel.level == "tile":
             run_kernel(kernel, buffers, wide=wide)
+        elif "threads" in kernel.cost:
+            run_workgroups(kernel, buffers)
         else:
             run_loop_kernel(kernel, buffers, 0, grid_points(kernel))
         return ()

@@ -27,6 +27,9 @@ Tile kernels
 Loop kernels
 - Ops are those of ir/loop.py, with the operands, attributes and types stated there. Pointers keep their space and
   element type; no store goes to an "in" buffer. An outlined region sees its operands and named indices only.
+- No branch or loop around a barrier or a subgroup operation depends on the thread. That threads of a workgroup touch no
+  memory of each other without a barrier between, and read none that nobody stored, is checked by the interpreter
+  (ir/interpret_workgroup.py).
 - For a profile: vectors have its lanes, transcendentals are its native ones, workgroup ops and memory fit it.
 
 With a profile, a kernel also respects its bindings, binding bytes and grid limits.

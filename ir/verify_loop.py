@@ -42,12 +42,14 @@ class LoopFindings(Findings):
         self.scope = {"lo", "hi"} if self.strategy == "cpu" else {"lo", "hi", "thread", *kernel.grid}
         self.bound = {"lo", "hi"} if self.strategy != "gpu" else set(self.scope)
         self.read_only = {p for p, access in zip(kernel.params, kernel.access) if access == "in"}
+        self.varying = {"thread"}  # index variables that differ between the threads of a workgroup
+        self.split: list[Op] = []  # the branches and loops around an op that threads may go through differently
         self.rules: dict[str, Callable[[Op], None]] = {
             "const": self.const, "index": self.index_value, "lanes": self.lanes, "splat": self.splat,
             "scratch": self.piece, "shared": self.piece, "advance": self.advance, "load": self.load,
             "store": self.store, "extract": self.lane, "join": self.join, "broadcast_lane": self.lane, "interleave": self.interleave,
-            "fold": self.fold, "subgroup_fold": self.fold, "for": self.loop, "if": self.branch,
-            "outline": self.outline, "note": self.nothing, "barrier": self.nothing,
+            "fold": self.fold, "subgroup_fold": self.subgroup_fold, "for": self.loop, "if": self.branch,
+            "outline": self.outline, "note": self.nothing, "barrier": self.uniform,
         }  # fmt: skip
 
     def check(self) -> None:
@@ -157,6 +159,10 @@ class LoopFindings(Findings):
             self.report(op, f"fold halves the lanes again and again; {x.lanes} is no power of two")
         self.expect(op, ScalarType(x.dtype) if op.name == "fold" else x)
 
+    def subgroup_fold(self, op: Op) -> None:
+        self.fold(op)
+        self.uniform(op)
+
     def primitive(self, op: Op) -> None:
         types = [v.type for v in op.operands]
         known = op.name in PRIMITIVES or op.name in TRANSCENDENTAL
@@ -234,6 +240,14 @@ class LoopFindings(Findings):
 
     # -- control
 
+    def uniform(self, op: Op) -> None:
+        """All threads of a workgroup reach the op, or none: no branch or loop around it depends on the thread."""
+        if self.split:
+            self.report(op, f"only some threads may reach a {op.name} here: the {self.split[-1].name} around it depends on the thread")
+
+    def varies(self, *indices: Index | int) -> bool:
+        return any(self.varying & Index.of(index).variables() for index in indices)
+
     def loop(self, op: Op) -> None:
         name, step = op.attrs["var"], op.attrs["step"]
         self.index(op, op.attrs["lo"], op.attrs["hi"])
@@ -248,16 +262,19 @@ class LoopFindings(Findings):
         self.bound.add(name)
         scope, visible = set(self.scope), set(self.visible)
         self.scope.add(name)
-        self.inner(op, body)
+        varies = self.varies(op.attrs["lo"], op.attrs["hi"])
+        self.varying |= {name} if varies else set()
+        self.inner(op, body, varies)
         self.scope, self.visible = scope, visible
 
     def branch(self, op: Op) -> None:
         self.index(op, op.attrs["left"], op.attrs["right"])
         if op.attrs["compare"] not in COMPARISONS or not 1 <= len(op.regions) <= 2:
             self.report(op, f"if compares by {listed(COMPARISONS)} and has one or two regions")
+        varies = self.varies(op.attrs["left"], op.attrs["right"])
         for region in op.regions:
             visible = set(self.visible)
-            self.inner(op, region)
+            self.inner(op, region, varies)
             self.visible = visible
 
     def outline(self, op: Op) -> None:
@@ -277,9 +294,13 @@ class LoopFindings(Findings):
         self.inner(op, body)
         self.scope, self.visible = scope, visible
 
-    def inner(self, op: Op, body: Region) -> None:
+    def inner(self, op: Op, body: Region, varies: bool = False) -> None:
+        """The region of an op; `varies` if threads may go through it differently."""
         self.define(op, body.args)
+        around = self.split
+        self.split = [*around, op] if varies else around
         self.region(body)
+        self.split = around
         self.use(op, body.yields)
 
     def same_memory(self, op: Op, body: Region) -> None:

@@ -117,8 +117,9 @@ def test_a_broken_config_names_its_file(tinygpt: CommandLine) -> None:
     assert "bad.json" in error and "n_layers" in error
 
 
-def test_check_each_accepts_every_pass(tinygpt: CommandLine) -> None:
-    report = tinygpt.works("compile", "mini.json", "--plan-only", "--check", "each", *SHAPE, "--set", "dropout=0.2")
+@pytest.mark.parametrize("target", ["cpp", "wgsl"])
+def test_check_each_accepts_every_pass(tinygpt: CommandLine, target: str) -> None:
+    report = tinygpt.works("compile", "mini.json", "--plan-only", "--check", "each", "--target", target, *SHAPE, "--set", "dropout=0.2")
     assert "stages compute the same" in report
 
 
