@@ -1,7 +1,9 @@
 """Runs WebGPU bundles on the system's GPU through wgpu: one buffer a pool, one submit a step.
 
 A function is recorded into one command encoder with one compute pass; pipelines and bind groups are made when it runs
-for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers."""
+for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers. A
+function that runs again and again is recorded anew while the device is busy with it, and its small results come back
+in one piece."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.runtime.errors import UserError
+from tinygpt.runtime.gpu_native import record, trusted_module
 from tinygpt.runtime.manifest import Manifest, Slot
 
 _INSTALL = "pip install wgpu, and a Vulkan, Metal or D3D12 driver (in software: sudo apt install mesa-vulkan-drivers)"
@@ -23,14 +26,16 @@ _ADAPTERS = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "CPU", "Unknown")  # 
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
 _VECTOR_BYTES = 16
 _MOST_WORKGROUPS = 65535
+_SMALL_RESULT = 64  # bytes; results up to here are copied into the staging buffer that is read after a run
 
 
 @dataclass(frozen=True)
 class KernelRecord:
-    """A kernel: its file, and for each binding whether it is only read."""
+    """A kernel: its file, for each binding whether it is only read, and whether all accesses are proved to be inside."""
 
     file: str
     read_only: tuple[bool, ...]
+    bounded: bool
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
         access = entry.get("access") if isinstance(entry, dict) else None
         if not isinstance(access, list) or not set(access) <= {"in", "out", "inout"} or entry.get("file") not in manifest.files:
             raise refuse(f"kernels.{name} has no file or no access words")
-        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access))
+        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access), entry.get("bounded") is True)
     functions = {}
     for name in manifest.functions:
         entries = mapping("functions").get(name)
@@ -127,16 +132,27 @@ class GpuEngine:
                 ) from error
         self._pipelines: dict[str, tuple[Any, Any]] = {}
         self._ready: dict[str, list[tuple[Any, Any, tuple[int, int, int]]]] = {}
+        self._ahead: dict[str, Any] = {}  # the next run of a function, recorded
+        self._last = ""  # the function that ran last, until something is written
+        self._last_run = ""
+        self._small: dict[Slot, bytes] = {}  # what was read of its small results
+        self._staging: dict[str, Any] = {}
 
     @property
     def threads(self) -> int:
         return 1
 
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
+        self._last = ""
         self._device.queue.write_buffer(self._pools[slot.pool], slot.offset, array.reshape(-1))
 
     def read(self, slot: Slot) -> NDArray[Any]:
-        content = self._device.queue.read_buffer(self._pools[slot.pool], slot.offset, slot.nbytes)
+        if slot in self._small_results(self._last):
+            if not self._small:
+                self._read_small()
+            content = self._small[slot]
+        else:
+            content = self._device.queue.read_buffer(self._pools[slot.pool], slot.offset, slot.nbytes)
         return np.frombuffer(content, slot.numpy_dtype).reshape(slot.shape).copy()
 
     def run(self, function: str) -> None:
@@ -144,19 +160,45 @@ class GpuEngine:
             raise RuntimeError("the engine is closed")
         if function not in self._ready:
             self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
+        self._device.queue.submit([self._ahead.pop(function, None) or self._recorded(function)])
+        if self._last_run == function:
+            self._ahead[function] = self._recorded(function)
+        self._last, self._last_run, self._small = function, function, {}
+
+    def _recorded(self, function: str) -> Any:
+        """The commands of one run: its launches, and the copies of its small results."""
         encoder = self._device.create_command_encoder(label=function)
         work = encoder.begin_compute_pass(label=function)
-        for pipeline, group, workgroups in self._ready[function]:
-            work.set_pipeline(pipeline)
-            work.set_bind_group(0, group)
-            work.dispatch_workgroups(*workgroups)
+        record(work, self._ready[function])
         work.end()
-        self._device.queue.submit([encoder.finish()])
+        for number, slot in enumerate(self._small_results(function)):
+            encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, self._staged(function), number * _SMALL_RESULT, slot.nbytes)
+        return encoder.finish()
+
+    def _small_results(self, function: str) -> list[Slot]:
+        outputs = self._manifest.functions[function].outputs if function else ()
+        return [slot for slot in outputs if slot.nbytes <= _SMALL_RESULT]
+
+    def _staged(self, function: str) -> Any:
+        """The buffer of a function's small results that the host can map."""
+        if function not in self._staging:
+            usage = self._wgpu.BufferUsage.MAP_READ | self._wgpu.BufferUsage.COPY_DST
+            size = _SMALL_RESULT * len(self._small_results(function))
+            self._staging[function] = self._device.create_buffer(label=f"results of {function}", size=size, usage=usage)
+        return self._staging[function]
+
+    def _read_small(self) -> None:
+        """Wait for the last run, and take its small results."""
+        staging = self._staged(self._last)
+        staging.map_sync(self._wgpu.MapMode.READ)
+        content = bytes(staging.read_mapped())
+        staging.unmap()
+        self._small = {slot: content[n * _SMALL_RESULT : n * _SMALL_RESULT + slot.nbytes] for n, slot in enumerate(self._small_results(self._last))}
 
     def close(self) -> None:
         pools, self._pools = self._pools, {}
-        self._ready, self._pipelines = {}, {}
-        for pool in pools.values():
+        self._ready, self._pipelines, self._ahead = {}, {}, {}
+        for pool in [*pools.values(), *self._staging.values()]:
             pool.destroy()
 
     def _prepared(self, dispatch: Dispatch) -> tuple[Any, Any, tuple[int, int, int]]:
@@ -176,7 +218,7 @@ class GpuEngine:
         if name not in self._pipelines:
             kernel = self._record.kernels[name]
             code = self._manifest.file(self._folder, kernel.file).read_text()
-            module = self._device.create_shader_module(label=name, code=code)
+            module = trusted_module(self._device, name, code) if kernel.bounded else self._device.create_shader_module(label=name, code=code)
             entries = [
                 {"binding": n, "visibility": self._wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage" if read_only else "storage"}}
                 for n, read_only in enumerate(kernel.read_only)
