@@ -2,7 +2,8 @@
 
 A function is recorded into one command encoder with one compute pass; pipelines and bind groups are made when it runs
 for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers. A
-profile gives each launch a pass of its own, with the device's clock read at both ends."""
+function that runs again and again is recorded anew while the device is busy with it, and its small results come back
+in one piece. A profile gives each launch a pass of its own, with the device's clock read at both ends."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from tinygpt.runtime.engine import web_files
 from tinygpt.runtime.errors import UserError
+from tinygpt.runtime.gpu_native import Command, record, trusted_module
 from tinygpt.runtime.manifest import Manifest, Slot
 
 _INSTALL = "pip install wgpu, and a Vulkan, Metal or D3D12 driver (in software: sudo apt install mesa-vulkan-drivers)"
@@ -28,14 +30,16 @@ _GRID = "max-compute-workgroups-per-dimension"
 _MOST_WORKGROUPS = 65535  # where a bundle does not ask for more
 _CLOCK = "timestamp-query"  # asked for where the device has it: it costs nothing until a profile is taken
 _TIMED_LAUNCHES = 2048  # of a set of queries: two each, and a set has at most 4096
+_SMALL_RESULT = 64  # bytes; results up to here are copied into the staging buffer that is read after a run
 
 
 @dataclass(frozen=True)
 class KernelRecord:
-    """A kernel: its file, and for each binding whether it is only read."""
+    """A kernel: its file, for each binding whether it is only read, and whether all accesses are proved to be inside."""
 
     file: str
     read_only: tuple[bool, ...]
+    bounded: bool
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
         access = entry.get("access") if isinstance(entry, dict) else None
         if not isinstance(access, list) or not set(access) <= {"in", "out", "inout"} or entry.get("file") not in manifest.files:
             raise refuse(f"kernels.{name} has no file or no access words")
-        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access))
+        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access), entry.get("bounded") is True)
     functions = {}
     for name in manifest.functions:
         entries = mapping("functions").get(name)
@@ -111,20 +115,6 @@ def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[st
     return Dispatch(entry["kernel"], (workgroups[0], workgroups[1], workgroups[2]), bindings)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """A dispatch that is ready to record."""
-
-    pipeline: Any
-    group: Any
-    workgroups: tuple[int, int, int]
-
-    def record(self, work: Any) -> None:
-        work.set_pipeline(self.pipeline)
-        work.set_bind_group(0, self.group)
-        work.dispatch_workgroups(*self.workgroups)
-
-
 class GpuEngine:
     """A device with the bundle's pools in its memory."""
 
@@ -147,27 +137,66 @@ class GpuEngine:
                     hint="compile with a smaller --batch or --context",
                 ) from error
         self._pipelines: dict[str, tuple[Any, Any]] = {}
-        self._ready: dict[str, list[_Launch]] = {}
+        self._ready: dict[str, list[Command]] = {}
+        self._ahead: dict[str, Any] = {}  # the next run of a function, recorded
+        self._last = ""  # the function that ran last, until something is written
+        self._last_run = ""
+        self._small: dict[Slot, bytes] = {}  # what was read of its small results
+        self._staging: dict[str, Any] = {}
 
     @property
     def threads(self) -> int:
         return 1
 
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
+        self._last = ""
         self._device.queue.write_buffer(self._pools[slot.pool], slot.offset, array.reshape(-1))
 
     def read(self, slot: Slot) -> NDArray[Any]:
-        content = self._device.queue.read_buffer(self._pools[slot.pool], slot.offset, slot.nbytes)
+        if slot in self._small_results(self._last):
+            if not self._small:
+                self._read_small()
+            content = self._small[slot]
+        else:
+            content = self._device.queue.read_buffer(self._pools[slot.pool], slot.offset, slot.nbytes)
         return np.frombuffer(content, slot.numpy_dtype).reshape(slot.shape).copy()
 
     def run(self, function: str) -> None:
-        launches = self._launches(function)
+        self._launches(function)
+        self._device.queue.submit([self._ahead.pop(function, None) or self._recorded(function)])
+        if self._last_run == function:
+            self._ahead[function] = self._recorded(function)
+        self._last, self._last_run, self._small = function, function, {}
+
+    def _recorded(self, function: str) -> Any:
+        """The commands of one run: its launches, and the copies of its small results."""
         encoder = self._device.create_command_encoder(label=function)
         work = encoder.begin_compute_pass(label=function)
-        for launch in launches:
-            launch.record(work)
+        record(work, self._ready[function])
         work.end()
-        self._device.queue.submit([encoder.finish()])
+        for number, slot in enumerate(self._small_results(function)):
+            encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, self._staged(function), number * _SMALL_RESULT, slot.nbytes)
+        return encoder.finish()
+
+    def _small_results(self, function: str) -> list[Slot]:
+        outputs = self._manifest.functions[function].outputs if function else ()
+        return [slot for slot in outputs if slot.nbytes <= _SMALL_RESULT]
+
+    def _staged(self, function: str) -> Any:
+        """The buffer of a function's small results that the host can map."""
+        if function not in self._staging:
+            usage = self._wgpu.BufferUsage.MAP_READ | self._wgpu.BufferUsage.COPY_DST
+            size = _SMALL_RESULT * len(self._small_results(function))
+            self._staging[function] = self._device.create_buffer(label=f"results of {function}", size=size, usage=usage)
+        return self._staging[function]
+
+    def _read_small(self) -> None:
+        """Wait for the last run, and take its small results."""
+        staging = self._staged(self._last)
+        staging.map_sync(self._wgpu.MapMode.READ)
+        content = bytes(staging.read_mapped())
+        staging.unmap()
+        self._small = {slot: content[n * _SMALL_RESULT : n * _SMALL_RESULT + slot.nbytes] for n, slot in enumerate(self._small_results(self._last))}
 
     def where(self) -> str:
         return str(self._device.adapter.info["device"])
@@ -192,7 +221,7 @@ class GpuEngine:
                 clock, begin = clocks[number // _TIMED_LAUNCHES], 2 * (number % _TIMED_LAUNCHES)
                 times = {"query_set": clock, "beginning_of_pass_write_index": begin, "end_of_pass_write_index": begin + 1}
                 work = encoder.begin_compute_pass(label=function, timestamp_writes=times)
-                launch.record(work)
+                record(work, [launch])
                 work.end()
             for number, clock in enumerate(clocks):
                 encoder.resolve_query_set(clock, 0, clock.count, readings, 16 * _TIMED_LAUNCHES * number)
@@ -205,11 +234,11 @@ class GpuEngine:
 
     def close(self) -> None:
         pools, self._pools = self._pools, {}
-        self._ready, self._pipelines = {}, {}
-        for pool in pools.values():
+        self._ready, self._pipelines, self._ahead = {}, {}, {}
+        for pool in [*pools.values(), *self._staging.values()]:
             pool.destroy()
 
-    def _launches(self, function: str) -> list[_Launch]:
+    def _launches(self, function: str) -> list[Command]:
         """A function's launches, prepared when it is asked for first. Raises UserError naming a kernel."""
         if not self._pools:
             raise RuntimeError("the engine is closed")
@@ -217,7 +246,7 @@ class GpuEngine:
             self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
         return self._ready[function]
 
-    def _prepared(self, dispatch: Dispatch) -> _Launch:
+    def _prepared(self, dispatch: Dispatch) -> Command:
         """The pipeline and the bind group of a launch. Raises UserError naming the kernel."""
         try:
             pipeline, layout = self._pipeline(dispatch.kernel)
@@ -228,13 +257,13 @@ class GpuEngine:
             group = self._device.create_bind_group(label=dispatch.kernel, layout=layout, entries=entries)
         except self._wgpu.GPUError as error:
             raise UserError(f"bundle {self._folder}: the driver refuses kernel {dispatch.kernel}: {error}", hint=_AGAIN) from error
-        return _Launch(pipeline, group, dispatch.workgroups)
+        return pipeline, group, dispatch.workgroups
 
     def _pipeline(self, name: str) -> tuple[Any, Any]:
         if name not in self._pipelines:
             kernel = self._record.kernels[name]
             code = self._manifest.file(self._folder, kernel.file).read_text()
-            module = self._device.create_shader_module(label=name, code=code)
+            module = trusted_module(self._device, name, code) if kernel.bounded else self._device.create_shader_module(label=name, code=code)
             entries = [
                 {"binding": n, "visibility": self._wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage" if read_only else "storage"}}
                 for n, read_only in enumerate(kernel.read_only)

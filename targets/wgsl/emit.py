@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tinygpt.ir.bounds import unproved_accesses
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.plan import Buffer, Launch, Plan
@@ -36,13 +37,17 @@ def file_name(kernel: str) -> str:
 def target_record(plan: Plan, caps: Caps) -> dict[str, Any]:
     """manifest["target"]: what the device must have, the kernels' files and access words, and each function's dispatches.
 
+    A kernel is `bounded` if all its accesses are proved to lie inside its bindings: a runtime may leave out its checks.
+
     A dispatch is a kernel, its workgroups along x, y and z, and its bindings in order: pool, offset and size in bytes."""
     return {
         "name": "wgsl",
         "profile": caps.name,
         "features": sorted(caps.features),
         "limits": {name: getattr(caps, field) for name, field in LIMITS.items()},
-        "kernels": {name: {"file": file_name(name), "access": list(kernel.access)} for name, kernel in plan.kernels.items()},
+        "kernels": {
+            name: {"file": file_name(name), "access": list(kernel.access), "bounded": not unproved_accesses(kernel)} for name, kernel in plan.kernels.items()
+        },
         "functions": {name: [dispatch(plan, launch, caps) for launch in entry.launches] for name, entry in plan.entries.items()},
     }
 
