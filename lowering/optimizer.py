@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import gcd, lcm, prod
+from typing import Any
 
 import numpy as np
 
@@ -282,14 +283,14 @@ def init(plan: Layout, weights: Mapping[str, Parameter]) -> Function:
     """Initial weights from a seed. The counter is the number of the element among all weights, in their order, so that
     the same numbers are drawn at any tiling and wherever the flat array is cut."""
     seed, g = Value(TensorType("u32", (2,)), "seed"), GraphBuilder()
-    updates = {}
+    updates: dict[str, Value] = {}
     runs: list[list[Run]] = [[] for _ in plan.pieces]
     count = 0
     for name, (offset, shape) in plan.places.items():
         rule = weights[name].init
         for n, start, stop in plan.parts(name):
             first = count + start - offset
-            if runs[n] and runs[n][-1].rule == rule:
+            if runs[n] and runs[n][-1].goes_on(rule, start, first):
                 runs[n][-1] = replace(runs[n][-1], stop=stop)
             else:
                 runs[n].append(Run(rule, start, stop, first))
@@ -305,10 +306,14 @@ def init(plan: Layout, weights: Mapping[str, Parameter]) -> Function:
 class Run:
     """Elements start..stop of the flat array that start by the same rule; `first` is the number of the first one."""
 
-    rule: tuple[object, ...]
+    rule: tuple[Any, ...]
     start: int
     stop: int
     first: int
+
+    def goes_on(self, rule: tuple[Any, ...], start: int, first: int) -> bool:
+        """Whether elements that begin at `start` with number `first` can be drawn with these."""
+        return self.rule == rule and first - self.first == start - self.start
 
     def drawn(self, g: GraphBuilder, seed: Value) -> Value:
         count = self.stop - self.start

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tinygpt.runtime import trust
 from tinygpt.runtime.engine import web_files
 from tinygpt.runtime.errors import UserError
 from tinygpt.runtime.gpu_native import Command, record, trusted_module
@@ -35,7 +36,8 @@ _SMALL_RESULT = 64  # bytes; results up to here are copied into the staging buff
 
 @dataclass(frozen=True)
 class KernelRecord:
-    """A kernel: its file, for each binding whether it is only read, and whether all accesses are proved to be inside."""
+    """A kernel: its file, for each binding whether it is only read, and whether the compiler on this
+    machine proved all its accesses to lie inside."""
 
     file: str
     read_only: tuple[bool, ...]
@@ -81,11 +83,12 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
     if not all(type(n) is int and 0 < n < 1 << 53 for n in limits.values()):
         raise refuse("limits are not positive integers")
     kernels = {}
+    is_own = trust.is_own(manifest.digest)
     for name, entry in mapping("kernels").items():
         access = entry.get("access") if isinstance(entry, dict) else None
         if not isinstance(access, list) or not set(access) <= {"in", "out", "inout"} or entry.get("file") not in manifest.files:
             raise refuse(f"kernels.{name} has no file or no access words")
-        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access), entry.get("bounded") is True)
+        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access), entry.get("bounded") is True and is_own)
     functions = {}
     for name in manifest.functions:
         entries = mapping("functions").get(name)

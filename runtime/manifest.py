@@ -26,6 +26,7 @@ from typing import Any, Never
 
 import numpy as np
 
+from tinygpt.runtime import trust
 from tinygpt.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -110,6 +111,7 @@ class Manifest:
     kernels: Any
     files: Mapping[str, str]
     golden: Mapping[str, Mapping[str, float]]
+    digest: str  # of the manifest's text: the bundle's name
 
     @property
     def target_name(self) -> str:
@@ -192,6 +194,7 @@ def parse(text: str | bytes, origin: str = MANIFEST) -> Manifest:
             function: {name: node.number() for name, node in nodes.named()}
             for function, nodes in (root.member("golden").named() if root.get("golden") is not None else ())
         },
+        digest=trust.digest(text if isinstance(text, bytes) else text.encode()),
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,11 @@ def test_a_target_without_a_device_of_its_own_has_no_such_profile() -> None:
         compile("tiny", "cpp", options={"profile": "adapter"})
     with pytest.raises(UserError, match="nothing here knows a device for target 'cpp'"):
         local_device("cpp")
+
+
+def test_only_a_bundle_compiled_here_runs_without_the_drivers_checks(bundle: Bundle) -> None:
+    """A forged manifest can claim what it likes of its kernels."""
+    own = gpu.device_record(bundle.folder, bundle.manifest)
+    assert any(kernel.bounded for kernel in own.kernels.values())
+    forged = replace(bundle.manifest, digest="0" * 64)
+    assert not any(kernel.bounded for kernel in gpu.device_record(bundle.folder, forged).kernels.values())

@@ -35,6 +35,7 @@ from tinygpt.lowering.passes import Pass
 from tinygpt.presets import Preset, find
 from tinygpt.runtime import bundle as bundles
 from tinygpt.runtime import manifest as manifests
+from tinygpt.runtime import trust
 from tinygpt.runtime.engine import host_files
 from tinygpt.runtime.errors import UserError as BrokenBundleError
 from tinygpt.targets import Target, target
@@ -173,13 +174,15 @@ def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, 
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         partial = folder / f"{manifests.MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=1))
+        text = json.dumps(manifest, indent=1).encode()
+        partial.write_bytes(text)
         os.replace(partial, folder / manifests.MANIFEST)
     except OSError as error:
         raise UserError(
             f"bundle {folder}: cannot be written: {error.strerror or error}",
             hint="name a folder on a disk with space, where you may write",
         ) from error
+    trust.remember(text)
 
 
 def _files_of_bundle(folder: Path) -> set[str]:
