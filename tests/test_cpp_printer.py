@@ -21,7 +21,7 @@ from tinygpt.ir.loop import LoopBuilder
 from tinygpt.targets.cpp.build import compile_flags
 from tinygpt.targets.cpp.names import Names, identifier
 from tinygpt.targets.cpp.printer import print_kernel
-from tinygpt.targets.cpp.profiles import PROFILES, native
+from tinygpt.targets.cpp.profiles import PROFILES, native, processor
 
 WIDTHS = (1, 4, 8, 16)
 CAPS = PROFILES["native"]
@@ -152,3 +152,11 @@ def test_profiles_follow_the_processor() -> None:
     assert (native("x86_64", {"avx2", "fma", "avx512f"}).lanes, native("x86_64", {"avx2", "fma"}).lanes) == (16, 8)
     assert (native("x86_64", {"sse2"}).lanes, native("x86_64", {"sse2"}).fma) == (4, False)
     assert (native("aarch64", set()).lanes, native("aarch64", set()).registers) == (4, 32)
+    assert native("x86_64", {"avx2", "fma", "avx512f"}, "GenuineIntel").inner_block and not native("x86_64", {"avx2", "fma", "avx512f"}).inner_block
+
+
+def test_a_processor_is_read_from_what_the_kernel_lists(tmp_path: Path) -> None:
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fma avx2\n\nprocessor\t: 1\nvendor_id\t: Other\nflags\t\t: fma\n")
+    assert processor(listing) == ({"fma", "avx2"}, "GenuineIntel")
+    assert processor(tmp_path / "none") == (set(), "")

@@ -26,7 +26,7 @@ from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.runtime.bundle import Bundle
 from tinygpt.targets.cpp import PROFILES
 from tinygpt.targets.cpp.build import compile_flags
-from tinygpt.targets.cpp.profiles import processor_features
+from tinygpt.targets.cpp.profiles import processor
 from tinygpt.toolchain import compiled
 
 RIVALS = ("torch", "torch.compile", "jax", "torch+avx512", "torch.compile+avx512")
@@ -178,7 +178,7 @@ def _started(
 def _cannot_preload() -> str:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "MKL's AVX-512 path exists on Linux on x86-64 only"
-    return "" if "avx512f" in processor_features() else "this processor has no AVX-512"
+    return "" if "avx512f" in processor()[0] else "this processor has no AVX-512"
 
 
 class Contestant:
