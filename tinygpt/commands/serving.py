@@ -33,7 +33,7 @@ def _serve(args: Namespace) -> int:
 COMMANDS = (
     Command(
         "serve",
-        "serve a bundle to browsers on this machine, with threads",
+        "serve a bundle to browsers on this machine",
         ("tinygpt compile small --target wasm64 --out small.bundle", "tinygpt serve small.bundle --port 8000"),
         _serve_arguments,
         _serve,
