@@ -11,6 +11,7 @@ import pytest
 
 from tests.lowered import op_module, passes_until, random_buffers, small_model, tiled
 from tests.wgsl_device import launch
+from tinygpt.compiler import module_for
 from tinygpt.ir.core import Kernel
 from tinygpt.ir.errors import UserError
 from tinygpt.ir.interpret_tile import run_kernel
@@ -19,6 +20,7 @@ from tinygpt.ir.types import TensorType
 from tinygpt.ir.verify import verify_kernel
 from tinygpt.lowering.gpu import lower
 from tinygpt.lowering.simplify import Simplify
+from tinygpt.presets import PRESETS
 from tinygpt.targets.wgsl.profiles import DEFAULT
 
 
@@ -92,3 +94,16 @@ def test_what_does_not_fit_names_the_kernel_and_the_limit() -> None:
         lower(kernel, replace(DEFAULT, name="small", bindings=2))
     with pytest.raises(UserError, match="threads, small has 8"):
         lower(kernel, replace(DEFAULT, name="small", workgroup_threads=8))
+
+
+FIXED, OF_A_LAYER = 16, 28  # dispatches of a training step; 12 and 24 is the aim
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "medium", "xl"])
+def test_a_training_step_takes_few_dispatches(name: str) -> None:
+    preset = PRESETS[name]
+    module = module_for(preset.config, preset.batch_size, None)
+    for p in passes_until("tile"):
+        module = p.run(module, DEFAULT)
+    launches = sum(op.name == "launch" for op in module.functions["train_step"].body.ops)
+    assert launches <= FIXED + OF_A_LAYER * preset.config.n_layers
