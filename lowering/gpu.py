@@ -88,10 +88,10 @@ class GpuLowering(DotLowering):
                 case "store":
                     self.store(op)
                 case "load" | "gather":
-                    if op.operands[0] in self.changed and not self.is_long(op.result.type):
+                    if op.operands[0] in self.changed and not self.is_long(op.result):
                         self.keep(op.result)
                 case _:
-                    if op.name not in STRUCTURAL and self.is_placed(op.result) and not self.is_long(op.result.type):
+                    if op.name not in STRUCTURAL and self.is_placed(op.result) and not self.is_long(op.result):
                         self.keep(op.result)
 
     def keep(self, value: Value) -> None:
@@ -164,7 +164,7 @@ class GpuLowering(DotLowering):
         def masked(r: int | None, v: int | Index) -> Value:
             return self.or_else(self.vector(x, (r, v)), cols, self.layout.col(cols, v), width, IDENTITY[kind])
 
-        if self.is_long(x.type):
+        if self.is_long(x):
             start = self.b.splat(self.b.const(IDENTITY[kind], ScalarType(x.type.dtype)), width)
             step = lambda v, *totals: [self.combined(kind, t, masked(r, v)) for r, t in zip(own, totals, strict=True)]  # noqa: E731
             totals = self.loop(0, self.layout.vectors(cols), 1, step, [start for _ in own], stem="v")
@@ -255,7 +255,7 @@ class GpuLowering(DotLowering):
         own: Sequence[int | None] = range(self.layout.rows(rows)) if rows else [None]
         owners = [] if rows or self.layout.threads_y == 1 else [(self.layout.y, Index.of(1))]
         owners += [] if cols or self.layout.threads_x == 1 else [(self.layout.x, Index.of(1))]
-        if self.is_long(value.type):
+        if self.is_long(value):
 
             def columns(v: Index) -> None:
                 for r in own:

@@ -111,6 +111,7 @@ class ValueLowering:
         self.makers = {r: op for op in kernel.body.walk() for r in op.results}
         self.buffers = {v: Value(PointerType(v.type.dtype, "buffer"), v.hint) for v in kernel.params}
         self.placed: dict[Value, bool] = {}
+        self.resident: dict[Value, bool] = {}
         self.registers: dict[Value, dict[Key, Value]] = {}
         self.scopes: list[dict[tuple[Value, int | None, int | Index | None], Value]] = [{}]
 
@@ -130,9 +131,21 @@ class ValueLowering:
                 self.placed[value] = any(self.is_placed(v) for v in op.operands)
         return self.placed[value]
 
-    def is_long(self, type: TileType) -> bool:
-        """Whether a thread's part of a row is too long for registers."""
-        return type.cols is not None and self.layout.vectors(type.cols) > LONGEST_ROW
+    def is_long(self, value: Value) -> bool:
+        """Whether a thread's part of a row is too long for registers, so that each pass computes it again."""
+        cols = value.type.cols
+        return cols is not None and self.layout.vectors(cols) > LONGEST_ROW and not self.is_made_of_registers(value)
+
+    def is_made_of_registers(self, value: Value) -> bool:
+        """Whether a value's columns come from what a thread has in registers however long it is: the result of a product,
+        of a loop, of a reduction of rows."""
+        if value not in self.resident:
+            op = self.makers.get(value)
+            if op is None or op.name in ("dot", "reduce", "for"):
+                self.resident[value] = True
+            else:
+                self.resident[value] = any(v.type.cols is not None and self.is_made_of_registers(v) for v in op.operands if v not in self.buffers)
+        return self.resident[value]
 
     def keys(self, type: TileType) -> list[Key]:
         """The elements of a tile that a thread holds."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,14 @@ import numpy as np
 from tinygpt.compiler import module_for
 from tinygpt.config import ModelConfig
 from tinygpt.ir.caps import Caps
-from tinygpt.ir.core import Function, Kernel, Module, Region, Value
+from tinygpt.ir.core import Function, Kernel, Module, Op, Region, Value
+from tinygpt.ir.interpret import run_region
 from tinygpt.ir.interpret_loop import run_loop_kernel
-from tinygpt.ir.interpret_tile import run_kernel
+from tinygpt.ir.interpret_tile import run_kernel, unwritten
 from tinygpt.ir.ops import GraphBuilder
 from tinygpt.ir.plan import grid_points
 from tinygpt.ir.registry import Example
+from tinygpt.ir.types import NUMPY_DTYPES
 from tinygpt.ir.verify import verify, verify_kernel
 from tinygpt.lowering import pipeline
 from tinygpt.lowering.fuse import Fuse
@@ -60,6 +62,29 @@ def tiled(module: Module, caps: Caps) -> Module:
         module = p.run(module, caps)
     verify(module)
     return module
+
+
+def run_tiled(
+    module: Module, name: str, inputs: Mapping[str, np.ndarray], launch: Callable[[Kernel, list[np.ndarray]], None], parameters: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Run a tiled function, each kernel by `launch`: results by name, new contents of parameters under "@NAME"."""
+    function, given = module.functions[name], dict(parameters or {})
+
+    def copied(x: np.ndarray, v: Value) -> np.ndarray:
+        return np.array(x, NUMPY_DTYPES[v.type.dtype], order="C")
+
+    def evaluate(op: Op, operands: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+        if op.name == "buffer":
+            return (unwritten(op.result.type.size, NUMPY_DTYPES[op.result.type.dtype]).reshape(op.result.type.shape),)
+        kernel = module.kernels[op.attrs["kernel"]]
+        parts = zip(operands, op.attrs["offsets"], kernel.params, strict=True)
+        launch(kernel, [x.reshape(-1)[at : at + p.type.size] for x, at, p in parts])
+        return ()
+
+    values = {p: copied(inputs[p.hint], p) for p in function.params} | {module.parameters[n].value: copied(x, module.parameters[n].value) for n, x in given.items()}
+    run_region(function.body, values, evaluate)
+    found = {n: values[v] for n, v in zip(function.result_names, function.body.yields, strict=True)}
+    return found | {f"@{n}": values[module.parameters[n].value] for n in given}
 
 
 def random_buffers(kernel: Kernel, rng: np.random.Generator, below: int = 4) -> list[np.ndarray]:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tests.lowered import random_buffers, tiled
+from tests.lowered import random_buffers, run_tiled, tiled
 from tests.test_random_tiles import THOROUGH
 from tests.tile_programs import tile_programs
-from tests.wgsl_device import run, run_function
+from tests.wgsl_device import launch
 from tinygpt.ir.core import Function, Kernel, Module, Region, Value
 from tinygpt.ir.interpret import evaluate
 from tinygpt.ir.interpret_tile import run_kernel
@@ -18,7 +18,6 @@ from tinygpt.ir.ops import OPS, GraphBuilder
 from tinygpt.ir.registry import Example, sample_operands
 from tinygpt.ir.text import print_kernel
 from tinygpt.ir.types import TensorType
-from tinygpt.lowering.gpu import lower
 from tinygpt.lowering.simplify import Simplify
 from tinygpt.targets.wgsl.profiles import DEFAULT
 
@@ -67,7 +66,7 @@ def test_an_op_on_the_device_is_its_meaning(name: str, number: int) -> None:
     if not all(np.isfinite(y).all() for y in meaning(module, inputs).values()):
         inputs = operands_of(module, example, number, is_positive=True)
     expected = meaning(module, inputs)
-    found = run_function(tiled(Simplify().run(module, DEFAULT), DEFAULT), "f", inputs, {}, DEFAULT)
+    found = run_tiled(tiled(Simplify().run(module, DEFAULT), DEFAULT), "f", inputs, launch)
     assert found.keys() == expected.keys()
     for key, wanted in expected.items():
         if wanted.dtype.kind in "iu":
@@ -82,7 +81,7 @@ def test_shaders_compute_random_tile_programs(kernel: Kernel) -> None:
     given_buffers = random_buffers(kernel, np.random.default_rng(0))
     expected, found = ([b.copy() for b in given_buffers] for _ in range(2))
     run_kernel(kernel, expected, wide=True)
-    run(lower(kernel, DEFAULT), DEFAULT, found)
+    launch(kernel, found)
     for access, a, b in zip(kernel.access, expected, found, strict=True):
         if access != "in":
             assert np.abs(a - b).max() < 3e-5, print_kernel(kernel)

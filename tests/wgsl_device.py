@@ -1,11 +1,10 @@
-"""The WebGPU device of the tests: a Vulkan driver through wgpu, with no more than the default limits; kernels and
-functions run on it from numpy arrays. Without a driver a test fails where CI is set, and skips, with the reason, on a
-laptop."""
+"""The WebGPU device of the tests: a Vulkan driver through wgpu, with no more than the default limits; kernels run
+on it from numpy arrays. Without a driver a test fails where CI is set, and skips, with the reason, on a laptop."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,13 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from tinygpt.ir.caps import Caps
-from tinygpt.ir.core import Kernel, Module, Op
-from tinygpt.ir.interpret import run_region
-from tinygpt.ir.interpret_tile import unwritten
-from tinygpt.ir.types import NUMPY_DTYPES
+from tinygpt.ir.core import Kernel
 from tinygpt.ir.verify import verify_kernel
 from tinygpt.lowering.gpu import lower
 from tinygpt.targets.wgsl.printer import grid_size, print_kernel
+from tinygpt.targets.wgsl.profiles import DEFAULT
 
 LIMITS = {
     "max-storage-buffers-per-shader-stage": 8, "max-storage-buffer-binding-size": 128 << 20, "max-buffer-size": 256 << 20,
@@ -79,22 +76,8 @@ def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
             array[:] = np.frombuffer(gpu.queue.read_buffer(buffer, 0, array.nbytes), array.dtype)
 
 
-def run_function(module: Module, name: str, inputs: Mapping[str, NDArray[Any]], parameters: Mapping[str, NDArray[Any]], caps: Caps) -> dict[str, NDArray[Any]]:
-    """Run a tiled function, each launch on the device: results by name, new contents of parameters under "@NAME"."""
-    function = module.functions[name]
-    values = {p: np.array(inputs[p.hint], NUMPY_DTYPES[p.type.dtype], order="C") for p in function.params}
-    values |= {p.value: np.array(parameters[n], NUMPY_DTYPES[p.type.dtype], order="C") for n, p in module.parameters.items() if n in parameters}
-
-    def launch(op: Op, operands: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
-        if op.name == "buffer":
-            return (unwritten(op.result.type.size, NUMPY_DTYPES[op.result.type.dtype]).reshape(op.result.type.shape),)
-        kernel = module.kernels[op.attrs["kernel"]]
-        loops = lower(kernel, caps)
-        verify_kernel(loops, caps)
-        parts = zip(operands, op.attrs["offsets"], kernel.params, strict=True)
-        run(loops, caps, [x.reshape(-1)[at : at + p.type.size] for x, at, p in parts])
-        return ()
-
-    run_region(function.body, values, launch)
-    found = {n: values[v] for n, v in zip(function.result_names, function.body.yields, strict=True)}
-    return found | {f"@{n}": values[p.value] for n, p in module.parameters.items() if p.value in values}
+def launch(kernel: Kernel, buffers: Sequence[NDArray[Any]]) -> None:
+    """Run a tile kernel on the device, lowered for the default limits."""
+    loops = lower(kernel, DEFAULT)
+    verify_kernel(loops, DEFAULT)
+    run(loops, DEFAULT, buffers)
