@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Kernel, Module, Op
 from tinygpt.ir.interpret import run_region
-from tinygpt.ir.interpret_tile import unwritten
+from tinygpt.ir.interpret_tile import run_kernel, unwritten
 from tinygpt.ir.types import NUMPY_DTYPES
 from tinygpt.ir.verify import verify_kernel
 from tinygpt.lowering.gpu import lower
+from tinygpt.runtime.gpu import wgpu_features
 from tinygpt.targets.wgsl.printer import grid_size, print_kernel
+from tinygpt.targets.wgsl.profiles import DEFAULT
 
 LIMITS = {
     "max-storage-buffers-per-shader-stage": 8, "max-storage-buffer-binding-size": 128 << 20, "max-buffer-size": 256 << 20,
@@ -31,8 +33,8 @@ INSTALL = "sudo apt install mesa-vulkan-drivers libvulkan1, and pip install wgpu
 
 
 @cache
-def device() -> Any:
-    """A device of the first Vulkan adapter; no device fails or skips the test."""
+def device(features: frozenset[str] = frozenset()) -> Any:
+    """A device of the first Vulkan adapter with these features of the specification; no device fails or skips the test."""
     try:
         import wgpu
 
@@ -40,7 +42,7 @@ def device() -> Any:
     except (ImportError, RuntimeError):
         adapters = []
     if adapters:
-        return adapters[0].request_device_sync(required_limits=LIMITS)
+        return adapters[0].request_device_sync(required_limits=LIMITS, required_features=wgpu_features(features))
     if os.environ.get("CI"):
         pytest.fail(f"no Vulkan driver: {INSTALL}")
     pytest.skip(f"no Vulkan driver: {INSTALL}")
@@ -50,7 +52,7 @@ def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
     """Run a loop-level kernel over flat buffers, one per parameter, which it changes in place."""
     import wgpu
 
-    gpu = device()
+    gpu = device(caps.features)
     module = gpu.create_shader_module(code=print_kernel(kernel, caps))
     layout_entries = [
         {"binding": n, "visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage" if access == "in" else "storage"}}
@@ -98,3 +100,21 @@ def run_function(module: Module, name: str, inputs: Mapping[str, NDArray[Any]], 
     run_region(function.body, values, launch)
     found = {n: values[v] for n, v in zip(function.result_names, function.body.yields, strict=True)}
     return found | {f"@{n}": values[p.value] for n, p in module.parameters.items() if p.value in values}
+
+
+def difference(kernel: Kernel, buffers: Sequence[NDArray[Any]], floor: float = 1e-9, caps: Caps = DEFAULT) -> float:
+    """How far the kernel on the device is from its tile program in float64, relative to the largest element.
+
+    `floor` is for gradients that are zero but for rounding: a single key has no gradient of its score."""
+    loops = lower(kernel, caps)
+    verify_kernel(kernel)
+    verify_kernel(loops, caps)
+    expected = [b.astype(np.float64) if b.dtype == np.float32 else b.copy() for b in buffers]
+    found = [b.copy() for b in buffers]
+    run_kernel(kernel, expected, wide=True)
+    run(loops, caps, found)
+    worst = 0.0
+    for access, a, b in zip(kernel.access, expected, found, strict=True):
+        if access != "in":
+            worst = float(np.maximum(worst, np.abs(a.astype(np.float64) - b).max() / (np.abs(a).max() + floor)))
+    return worst
