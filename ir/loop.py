@@ -17,7 +17,9 @@ Ops (operands -> result {attributes}); an address is `at` elements from a pointe
   outline(operands) {name, indices}       its region, as a function of its own where that helps the engine's register
                                           allocation; `indices` are the index variables it uses
   note {text}                             a comment
-  barrier, subgroup_fold(x) {kind, width}        (workgroup targets)
+  barrier                                 (workgroup targets) all threads have written before any goes on to read
+  subgroup_fold(x) {kind, width}          (workgroup targets) sum or max over the `width` threads with the same thread // width,
+                                          as a tree: with the one half a group away, then a quarter, …; the same bits in each
 A kernel of the cpu strategy runs the flattened grid points `lo` (inclusive) to `hi` (exclusive), both index variables.
 A kernel of the gpu strategy runs one grid point on a workgroup: the grid ids and `thread`, the number of the thread in
 its workgroup, are index variables; the cost field `threads` says how many there are."""
@@ -122,6 +124,10 @@ class LoopBuilder:
     def shared(self, offset: int, size: int, lanes: int, hint: str = "") -> Value:
         """A piece of the workgroup's memory, in elements of f32."""
         return self.pure("shared", [], PointerType("f32", "shared"), hint=hint, offset=offset, size=size, lanes=lanes)
+
+    def subgroup_fold(self, x: Value, kind: str, width: int) -> Value:
+        """The sum or maximum over groups of `width` threads; all of them must get here."""
+        return self.pure("subgroup_fold", [x], x.type, kind=kind, width=width)
 
     def barrier(self) -> None:
         self.emit("barrier", [], None)

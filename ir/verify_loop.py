@@ -162,6 +162,11 @@ class LoopFindings(Findings):
     def subgroup_fold(self, op: Op) -> None:
         self.fold(op)
         self.uniform(op)
+        width = op.attrs["width"]
+        if width < 2 or width & (width - 1):
+            self.report(op, f"threads fold in groups of a power of two, not of {width}")
+        elif self.caps and width > self.caps.subgroup:
+            self.report(op, f"subgroups of {self.caps.name} are sure to have {self.caps.subgroup} lanes, not {width}")
 
     def primitive(self, op: Op) -> None:
         types = [v.type for v in op.operands]

@@ -2,7 +2,7 @@
 
 Tiles live in registers, spread over the threads as lowering/gpu_values.py says. Only two ops make threads meet, through
 workgroup memory (lowering/gpu_memory.py): a `dot`, whose operands are staged in slices of the contraction
-(lowering/gpu_dot.py), and a `reduce`, whose partial results are. Here: the kernel, its limits, its blocks and loops,
+(lowering/gpu_dot.py), and a `reduce`, whose partial results are, unless the threads of a row share a subgroup. Here: the kernel, its limits, its blocks and loops,
 reductions and stores."""
 
 from __future__ import annotations
@@ -192,14 +192,25 @@ class GpuLowering(DotLowering):
         return found
 
     def across_columns(self, partial: list[Value], at: list[Index], height: int, kind: str) -> list[Value]:
-        """Combine partial results of the threads along x: row n of the workgroup's partials is at `at[n]`."""
-        count = self.layout.threads_x
+        """Combine partial results of the threads along x: row n of the workgroup's partials is at `at[n]`.
+
+        Threads that are sure to share a subgroup combine theirs there; what is left goes through workgroup memory."""
+        lanes = self.lanes_together()
+        if lanes > 1:
+            partial = [self.b.subgroup_fold(x, kind, lanes) for x in partial]
+        count = self.layout.threads_x // lanes
+        if count == 1:
+            return partial
         piece = self.piece(height * count, 1, "partial")
         self.will_write(piece)
-        for x, row in zip(partial, at, strict=True):
-            self.b.store(piece.pointer, x, row * count + self.layout.x)
+
+        def hand_over() -> None:
+            for x, row in zip(partial, at, strict=True):
+                self.b.store(piece.pointer, x, row * count + self.layout.x // lanes)
+
+        self.when([(self.layout.x % lanes, 1)] if lanes > 1 else [], hand_over)
         self.will_read(piece)
-        if count <= SERIAL_PARTIALS:
+        if count <= SERIAL_PARTIALS or count % SERIAL_PARTIALS:
             totals = [self.serial(piece, row * count, 1, count, 1, kind) for row in at]
             self.release(piece)
             return totals
@@ -218,6 +229,11 @@ class GpuLowering(DotLowering):
         totals = [self.serial(second, row * groups, 1, groups, 1, kind) for row in at]
         self.release(piece, second)
         return totals
+
+    def lanes_together(self) -> int:
+        """How many neighbours along x are sure to be in one subgroup: a power of two that divides the threads along x."""
+        threads = self.layout.threads_x
+        return max(1, min(threads & -threads, self.caps.subgroup))
 
     def across_rows(self, partial: list[Value], at: list[Index], pitch: int, width: int, kind: str) -> list[Value]:
         """Combine partial results of the threads along y; each is `width` columns from `at[n]` on."""

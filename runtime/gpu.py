@@ -7,7 +7,7 @@ in one piece. A profile gives each launch a pass of its own, with the device's c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ _AGAIN = "compile the bundle again: tinygpt compile CONFIG --target wgsl --out D
 _FEATURES = {"subgroups": "subgroup"}  # features whose name in wgpu is not the specification's
 _ADAPTERS = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "CPU", "Unknown")  # best first
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
+_SMALLEST_SUBGROUP = 4  # lanes, by the specification
+_SUBGROUP_LANES = {0x10DE: 32, 0x1002: 32, 0x106B: 32, 0x8086: 8}  # by PCI vendor: NVIDIA, AMD (32 or 64), Apple, Intel (8 to 32)
 _VECTOR_BYTES = 16
 _GRID = "max-compute-workgroups-per-dimension"
 _MOST_WORKGROUPS = 65535  # where a bundle does not ask for more
@@ -58,6 +60,7 @@ class DeviceRecord:
     """manifest["target"] of a WebGPU bundle, validated."""
 
     features: tuple[str, ...]
+    subgroup: int
     limits: Mapping[str, int]
     kernels: Mapping[str, KernelRecord]
     functions: Mapping[str, tuple[Dispatch, ...]]
@@ -79,6 +82,9 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
     features = target.get("features")
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
         raise refuse("features is not a list of names")
+    subgroup = target.get("subgroup")
+    if type(subgroup) is not int or subgroup < 0:
+        raise refuse("subgroup is not a number of lanes")
     limits = mapping("limits")
     if not all(type(n) is int and 0 < n < 1 << 53 for n in limits.values()):
         raise refuse("limits are not positive integers")
@@ -100,7 +106,7 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
             raise refuse(f"functions.{name} is malformed: {error}") from error
         if len(entries) != len(manifest.functions[name].launches):
             raise refuse(f"functions.{name} has {len(entries)} launches, the manifest {len(manifest.functions[name].launches)}")
-    return DeviceRecord(tuple(features), dict(limits), kernels, functions)
+    return DeviceRecord(tuple(features), subgroup, dict(limits), kernels, functions)
 
 
 def _dispatch(entry: Any, kernels: Mapping[str, KernelRecord], pools: Mapping[str, int], most: int) -> Dispatch:
@@ -289,8 +295,14 @@ def host_files() -> dict[str, bytes]:
     return web_files("tinygpt.mjs", "webgpu.mjs", "index.html")
 
 
+def wgpu_features(features: Iterable[str]) -> list[str]:
+    """Features of the specification by the names wgpu has for them."""
+    return sorted(_FEATURES.get(name, name) for name in features)
+
+
 def local_device() -> dict[str, Any]:
-    """The GPU a bundle would run on here: its `name`, and its `features` and `limits` as the specification calls them.
+    """The GPU a bundle would run on here: its `name`, and its `features` and `limits` as the specification calls them, and
+    how many lanes all its subgroups have at least, `subgroup`.
 
     Raises UserError if wgpu or a driver is missing."""
     wanted = "reading what this machine's GPU has"
@@ -300,6 +312,7 @@ def local_device() -> dict[str, Any]:
         "name": adapter.info["device"],
         "features": sorted(names.get(name, name) for name in adapter.features),
         "limits": dict(adapter.limits),
+        "subgroup": _subgroup_lanes(adapter),
     }
 
 
@@ -314,10 +327,11 @@ def _wgpu(wanted: str) -> Any:
 def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
     """A device of the best adapter that has what the bundle needs."""
     adapters = _adapters(wgpu, f"bundle {folder}")
-    features = [_FEATURES.get(name, name) for name in record.features]
+    features = wgpu_features(record.features)
     reasons = []
     for adapter in adapters:
         missing = [f"feature {name}" for name in features if name not in adapter.features]
+        missing += [f"subgroups of {record.subgroup} lanes"] if record.subgroup > _subgroup_lanes(adapter) else []
         missing += [f"{name} {n:,}" for name, n in record.limits.items() if adapter.limits.get(name, n) < n]
         if missing:
             reasons.append(f"{adapter.info['device']} lacks {', '.join(missing)}")
@@ -328,6 +342,13 @@ def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
         except (wgpu.GPUError, RuntimeError) as error:
             reasons.append(f"{adapter.info['device']}: {error}")
     raise UserError(f"bundle {folder}: no device has what it needs: {'; '.join(reasons)}", hint="compile for the profile webgpu-default")
+
+
+def _subgroup_lanes(adapter: Any) -> int:
+    """How many lanes all subgroups of a GPU have at least. wgpu does not say; the makers of some chips do."""
+    if _FEATURES["subgroups"] not in adapter.features:
+        return 0
+    return _SUBGROUP_LANES.get(adapter.info["vendor_id"], _SMALLEST_SUBGROUP)
 
 
 def _adapters(wgpu: Any, wanted: str) -> list[Any]:

@@ -109,5 +109,5 @@ def largest_difference(kernel: Kernel, caps: Caps, buffers: Sequence[np.ndarray]
     worst = 0.0
     for access, a, b in zip(kernel.access, expected, found, strict=True):
         if access != "in":
-            worst = max(worst, float(np.abs(a.astype(np.float64) - b).max() / (np.abs(a).max() + 1e-9)))
+            worst = float(np.maximum(worst, np.abs(a.astype(np.float64) - b).max() / (np.abs(a).max() + 1e-9)))
     return worst

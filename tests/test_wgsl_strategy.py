@@ -10,32 +10,17 @@ import numpy as np
 import pytest
 
 from tests.lowered import op_module, passes_until, random_buffers, small_model, tiled
-from tests.wgsl_device import launch
+from tests.wgsl_device import difference
 from tinygpt.compiler import module_for
 from tinygpt.ir.core import Kernel
 from tinygpt.ir.errors import UserError
-from tinygpt.ir.interpret_tile import run_kernel
+from tinygpt.ir.ops import OPS
 from tinygpt.ir.registry import Example, sample_operands
 from tinygpt.ir.types import TensorType
-from tinygpt.ir.verify import verify_kernel
 from tinygpt.lowering.gpu import lower
 from tinygpt.lowering.simplify import Simplify
 from tinygpt.presets import PRESETS
 from tinygpt.targets.wgsl.profiles import DEFAULT
-
-
-def difference(kernel: Kernel, buffers: list[np.ndarray]) -> float:
-    """How far the kernel on the device is from its tile program in float64, relative to the largest element."""
-    verify_kernel(kernel)
-    expected = [b.astype(np.float64) if b.dtype == np.float32 else b.copy() for b in buffers]
-    found = [b.copy() for b in buffers]
-    run_kernel(kernel, expected, wide=True)
-    launch(kernel, found)
-    worst = 0.0
-    for access, a, b in zip(kernel.access, expected, found, strict=True):
-        if access != "in":
-            worst = max(worst, float(np.abs(a.astype(np.float64) - b).max() / (np.abs(a).max() + 1e-9)))
-    return worst
 
 
 @pytest.mark.parametrize(

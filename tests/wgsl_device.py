@@ -13,9 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from tinygpt.ir.caps import Caps
-from tinygpt.ir.core import Kernel
+from tinygpt.ir.core import Kernel, Module, Op
+from tinygpt.ir.interpret import run_region
+from tinygpt.ir.interpret_tile import run_kernel, unwritten
+from tinygpt.ir.types import NUMPY_DTYPES
 from tinygpt.ir.verify import verify_kernel
 from tinygpt.lowering.gpu import lower
+from tinygpt.runtime.gpu import wgpu_features
 from tinygpt.targets.wgsl.printer import grid_size, print_kernel
 from tinygpt.targets.wgsl.profiles import DEFAULT
 
@@ -28,8 +32,8 @@ INSTALL = "sudo apt install mesa-vulkan-drivers libvulkan1, and pip install wgpu
 
 
 @cache
-def device() -> Any:
-    """A device of the first Vulkan adapter; no device fails or skips the test."""
+def device(features: frozenset[str] = frozenset()) -> Any:
+    """A device of the first Vulkan adapter with these features of the specification; no device fails or skips the test."""
     try:
         import wgpu
 
@@ -37,7 +41,7 @@ def device() -> Any:
     except (ImportError, RuntimeError):
         adapters = []
     if adapters:
-        return adapters[0].request_device_sync(required_limits=LIMITS)
+        return adapters[0].request_device_sync(required_limits=LIMITS, required_features=wgpu_features(features))
     if os.environ.get("CI"):
         pytest.fail(f"no Vulkan driver: {INSTALL}")
     pytest.skip(f"no Vulkan driver: {INSTALL}")
@@ -47,7 +51,7 @@ def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
     """Run a loop-level kernel over flat buffers, one per parameter, which it changes in place."""
     import wgpu
 
-    gpu = device()
+    gpu = device(caps.features)
     module = gpu.create_shader_module(code=print_kernel(kernel, caps))
     layout_entries = [
         {"binding": n, "visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage" if access == "in" else "storage"}}
@@ -76,8 +80,43 @@ def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
             array[:] = np.frombuffer(gpu.queue.read_buffer(buffer, 0, array.nbytes), array.dtype)
 
 
-def launch(kernel: Kernel, buffers: Sequence[NDArray[Any]]) -> None:
-    """Run a tile kernel on the device, lowered for the default limits."""
-    loops = lower(kernel, DEFAULT)
-    verify_kernel(loops, DEFAULT)
-    run(loops, DEFAULT, buffers)
+def launch(kernel: Kernel, buffers: Sequence[NDArray[Any]], caps: Caps = DEFAULT) -> None:
+    """Run a tile kernel on the device, lowered for a profile."""
+    loops = lower(kernel, caps)
+    verify_kernel(loops, caps)
+    run(loops, caps, buffers)
+
+
+def run_function(module: Module, name: str, inputs: Mapping[str, NDArray[Any]], parameters: Mapping[str, NDArray[Any]], caps: Caps) -> dict[str, NDArray[Any]]:
+    """Run a tiled function, each launch on the device: results by name, new contents of parameters under "@NAME"."""
+    function = module.functions[name]
+    values = {p: np.array(inputs[p.hint], NUMPY_DTYPES[p.type.dtype], order="C") for p in function.params}
+    values |= {p.value: np.array(parameters[n], NUMPY_DTYPES[p.type.dtype], order="C") for n, p in module.parameters.items() if n in parameters}
+
+    def launched(op: Op, operands: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
+        if op.name == "buffer":
+            return (unwritten(op.result.type.size, NUMPY_DTYPES[op.result.type.dtype]).reshape(op.result.type.shape),)
+        kernel = module.kernels[op.attrs["kernel"]]
+        parts = zip(operands, op.attrs["offsets"], kernel.params, strict=True)
+        launch(kernel, [x.reshape(-1)[at : at + p.type.size] for x, at, p in parts], caps)
+        return ()
+
+    run_region(function.body, values, launched)
+    found = {n: values[v] for n, v in zip(function.result_names, function.body.yields, strict=True)}
+    return found | {f"@{n}": values[p.value] for n, p in module.parameters.items() if p.value in values}
+
+
+def difference(kernel: Kernel, buffers: Sequence[NDArray[Any]], floor: float = 1e-9, caps: Caps = DEFAULT) -> float:
+    """How far the kernel on the device is from its tile program in float64, relative to the largest element.
+
+    `floor` is for gradients that are zero but for rounding: a single key has no gradient of its score."""
+    verify_kernel(kernel)
+    expected = [b.astype(np.float64) if b.dtype == np.float32 else b.copy() for b in buffers]
+    found = [b.copy() for b in buffers]
+    run_kernel(kernel, expected, wide=True)
+    launch(kernel, found, caps)
+    worst = 0.0
+    for access, a, b in zip(kernel.access, expected, found, strict=True):
+        if access != "in":
+            worst = float(np.maximum(worst, np.abs(a.astype(np.float64) - b).max() / (np.abs(a).max() + floor)))
+    return worst

@@ -14,6 +14,7 @@ const LARGEST = 2 ** 40; // bytes of a pool
 const WORD = 4; // bytes; what is copied is a multiple of it
 const VECTOR = 16; // bytes; a binding holds whole vectors
 const KEPT = 2 ** 20; // bytes; a larger staging buffer is given back at once
+const SMALLEST_SUBGROUP = 4; // lanes, by the specification
 const ACCESS = ["in", "out", "inout"];
 
 // Directives that browsers want for a feature and wgpu refuses, so that shaders are written without.
@@ -30,6 +31,7 @@ export class GpuEngine {
       end += integer(size, `pools.${name}`, 0, LARGEST);
       require(size % WORD === 0, `pools.${name}`, size);
     }
+    integer(target.subgroup, "target.subgroup", 0, LARGEST);
     for (const feature of list(target.features, "target.features")) require(typeof feature === "string", "a feature", feature);
     for (const [name, n] of Object.entries(object(target.limits, "target.limits"))) integer(n, `target.limits.${name}`, 1, Number.MAX_SAFE_INTEGER);
     const { kernels } = target;
@@ -73,6 +75,8 @@ export class GpuEngine {
     for (const [name, n] of Object.entries(limits)) {
       if (!(adapter.limits[name] >= n)) missing.push(`${name} ${n} (it has ${adapter.limits[name]})`);
     }
+    const lanes = adapter.info?.subgroupMinSize ?? SMALLEST_SUBGROUP;
+    if (!(lanes >= target.subgroup)) missing.push(`subgroups of ${target.subgroup} lanes (it has some of ${lanes})`);
     if (missing.length) throw refuse(`${describe(adapter)} lacks ${missing.join(", ")}`, "compile for the profile webgpu-default");
     let device;
     try {

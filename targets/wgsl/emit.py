@@ -35,7 +35,7 @@ def file_name(kernel: str) -> str:
 
 
 def target_record(plan: Plan, caps: Caps) -> dict[str, Any]:
-    """manifest["target"]: what the device must have, the kernels' files and access words, and each function's dispatches.
+    """manifest["target"]: what the device must have (features, lanes of every subgroup, limits), the kernels' files and access words, and each function's dispatches.
 
     A kernel is `bounded` if all its accesses are proved to lie inside its bindings: a runtime may leave out its checks.
 
@@ -44,6 +44,7 @@ def target_record(plan: Plan, caps: Caps) -> dict[str, Any]:
         "name": "wgsl",
         "profile": caps.name,
         "features": sorted(caps.features),
+        "subgroup": caps.subgroup,
         "limits": {name: getattr(caps, field) for name, field in LIMITS.items()},
         "kernels": {
             name: {"file": file_name(name), "access": list(kernel.access), "bounded": not unproved_accesses(kernel)} for name, kernel in plan.kernels.items()

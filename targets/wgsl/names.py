@@ -18,6 +18,7 @@ _RESERVED = """
     typename typeof union unless unorm unsafe unsized use using varying virtual volatile wgsl where with writeonly yield
     array atomic bool f16 f32 i32 mat2x2 ptr sampler u32 vec2 vec3 vec4 workgroup storage
     abs bitcast exp log max min select sqrt tanh fma workgroupBarrier main thread workgroup_id groups memory memory4 point
+    local subgroup subgroup_lanes lane_id subgroupShuffleXor
 """
 RESERVED = frozenset(_RESERVED.split())
 

@@ -2,8 +2,9 @@
 
 A buffer is an array of vec4 where every access is a vector at a multiple of four, else an array of numbers. Values are
 `let`s, or part of the one expression that reads them where that is short; what a loop carries is a `var` that the loop's
-end assigns. A load is always a `let`, so none moves across a store or a barrier. Index expressions of grid ids and
-threads that need a division are computed once, at the head."""
+end assigns. A load is always a `let`, so none moves across a store or a barrier, and so is what a subgroup computes.
+Index expressions of grid ids and threads that need a division are computed once, at the head. Browsers want the directive
+`enable subgroups;` before a module that needs it, and wgpu refuses it: the browser's host adds it."""
 
 from __future__ import annotations
 
@@ -32,6 +33,13 @@ _HINTS = {
     "load": "x", "fold": "total", "index": "n", "join": "v", "extract": "lane", "splat": "v", "select": "chosen",
     **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), "is"),
 }  # fmt: skip
+# How a thread knows its number: as an argument of the entry point, and an expression. Where subgroups compute, a thread's
+# neighbours must be its subgroup's lanes; the specification does not say which lanes the local index gives.
+_THREAD = ("@builtin(local_invocation_index) local: u32", "local")
+_SUBGROUP_THREAD = (
+    "@builtin(subgroup_id) subgroup: u32, @builtin(subgroup_size) subgroup_lanes: u32, @builtin(subgroup_invocation_id) lane_id: u32",
+    "subgroup * subgroup_lanes + lane_id",
+)
 _COMPARE = {name: _INFIX[name] for name in ("lt", "le", "gt", "ge", "eq", "ne")}
 
 
@@ -77,6 +85,7 @@ class KernelPrinter:
         self.shared: dict[int, int] = {}
         self.uses = Counter(v for op in kernel.body.walk() for v in [*op.operands, *(y for r in op.regions for y in r.yields)])
         self.is_local = local_reads(kernel.body)
+        self.folds = any(op.name == "subgroup_fold" for op in kernel.body.walk())
         self.vectors = {v for v in kernel.params} - self.read_by_number(kernel.body)
 
     def read_by_number(self, body: Region) -> set[Value]:
@@ -110,10 +119,11 @@ class KernelPrinter:
         body, self.lines = self.lines, []
         shared = [f"var<workgroup> memory{'4' if n == 4 else ''}: array<{'vec4<f32>' if n == 4 else 'f32'}, {size // n}>;" for n, size in sorted(self.shared.items())]
         threads = self.kernel.cost["threads"]
+        arguments, thread = _SUBGROUP_THREAD if self.folds else _THREAD
         head = [
             f"@compute @workgroup_size({threads})",
-            "fn main(@builtin(workgroup_id) workgroup_id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) local: u32) {",
-            "  let thread = i32(local);",
+            f"fn main(@builtin(workgroup_id) workgroup_id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, {arguments}) {{",
+            f"  let thread = i32({thread});",
             *self.grid_ids(),
             *(f"  let {name} = {text};" for text, name in self.heads.items()),
         ]
@@ -173,8 +183,21 @@ class KernelPrinter:
                     self.places[op.result] = Place("memory4" if lanes == 4 else "memory", lanes, Index.of(op.attrs["offset"]))
                 case "advance":
                     self.places[op.result] = self.advanced(op)
+                case "subgroup_fold":
+                    self.subgroup_fold(op)
                 case _:
                     self.value(op)
+
+    def subgroup_fold(self, op: Op) -> None:
+        """Threads exchange what they have with the one half a group away, then a quarter, and so on."""
+        self.name_operand(op.operands[0])
+        x = self.values[op.operands[0]]
+        for distance in (op.attrs["width"] >> n for n in range(1, op.attrs["width"].bit_length())):
+            name = self.names.new("total" if op.attrs["kind"] == "sum" else "most")
+            other = f"subgroupShuffleXor({x}, {distance}u)"
+            self.line(f"let {name} = {f'{x} + {other}' if op.attrs['kind'] == 'sum' else f'max({x}, {other})'};")
+            x = name
+        self.values[op.result] = x
 
     def value(self, op: Op) -> None:
         """A value: inlined where it is short and read once, a `let` elsewhere."""

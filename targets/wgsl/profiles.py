@@ -19,7 +19,8 @@ DEFAULT = Caps(
     buffer_bytes=256 * MIB, grid_limit=65535, offset_alignment=256, exclusive_pools=True,
 )  # fmt: skip
 
-SUBGROUPS = replace(DEFAULT, name="webgpu-subgroups", features=frozenset(("subgroups",)))
+SMALLEST_SUBGROUP = 4  # lanes, of any device with subgroups
+SUBGROUPS = replace(DEFAULT, name="webgpu-subgroups", features=frozenset(("subgroups",)), subgroup=SMALLEST_SUBGROUP)
 F16 = replace(DEFAULT, name="webgpu-f16", features=frozenset(("shader-f16",)))
 
 KNOWN_FEATURES = frozenset(("subgroups", "shader-f16"))
@@ -38,15 +39,18 @@ PROFILES = {caps.name: caps for caps in (DEFAULT, SUBGROUPS, F16)}
 
 
 def adapter(description: str) -> Caps:
-    """The profile of one device, described as JSON: its `features`, and its `limits` by the names of the specification
-    in lower case with hyphens. Raises UserError for a description that is none, or of a device below the default limits."""
+    """The profile of one device, described as JSON: its `features`, its `limits` by the names of the specification in lower
+    case with hyphens, and in `subgroup` how many lanes all its subgroups have at least (4 if it does not say).
+
+    Raises UserError for a description that is none, or of a device below what WebGPU promises."""
 
     def refuse(problem: str) -> UserError:
         return UserError(f"--set device: {problem}", hint="leave it out to compile for this machine's GPU")
 
     try:
         device: Any = json.loads(description)
-        features, limits = frozenset(device["features"]), dict(device["limits"])
+        features, limits = KNOWN_FEATURES & frozenset(device["features"]), dict(device["limits"])
+        lanes = device.get("subgroup", SMALLEST_SUBGROUP) if "subgroups" in features else 0
     except (ValueError, TypeError, KeyError) as error:
         raise refuse(f"no description of a device: {error}") from error
     found: dict[str, Any] = {}
@@ -55,4 +59,6 @@ def adapter(description: str) -> Caps:
         if type(limit) is not int or limit < getattr(DEFAULT, field):
             raise refuse(f"{name} is {limit}, WebGPU promises {getattr(DEFAULT, field):,}")
         found[field] = min(limit, found.get(field, limit), _LARGEST.get(field, _EXACT))
-    return replace(DEFAULT, name=ADAPTER, features=features & KNOWN_FEATURES, **found)
+    if "subgroups" in features and (type(lanes) is not int or lanes < SMALLEST_SUBGROUP or lanes & (lanes - 1)):
+        raise refuse(f"subgroups of {lanes} lanes; they have a power of two, {SMALLEST_SUBGROUP} at least")
+    return replace(DEFAULT, name=ADAPTER, features=features, subgroup=lanes, **found)
