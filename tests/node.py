@@ -14,16 +14,20 @@ from tinygpt.ir.errors import UserError
 from tinygpt.toolchain import find_node
 
 
-def node(*arguments: str | Path, status: int = 0, timeout: float = 60) -> str:
-    """Run Node; its output, standard error included. Fails unless it exits with `status`."""
+def require_node() -> str:
+    """The command that starts Node. Skips or fails the test where there is none."""
     try:
-        command = find_node()
+        return find_node()
     except UserError as problem:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(problem))
+
+
+def node(*arguments: str | Path, status: int = 0, timeout: float = 60) -> str:
+    """Run Node; its output, standard error included. Fails unless it exits with `status`."""
     done = subprocess.run(
-        [command, *map(str, arguments)],
+        [require_node(), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

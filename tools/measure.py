@@ -1,7 +1,8 @@
 """Measures, and writes what it measured into the tables of docs/performance.md: when, where, and beside which peak.
 
     python tools/measure.py speed tiny small --threads 2        training steps beside PyTorch's and JAX's
-    python tools/measure.py speed tiny small --target wasm32
+    python tools/measure.py speed tiny small --target wasm32 --engine node
+    python tools/measure.py matmul 512 1024                     products alone, on every CPU target and engine
     python tools/measure.py parity tiny small medium            losses and gradients beside PyTorch's
     python tools/measure.py memory                              what each preset takes, planned and measured
     python tools/measure.py capacity                            the largest model in WebAssembly, saved and resumed; xl in a browser
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -58,22 +60,24 @@ print(resident() - before)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "parity", "memory", "capacity", "learning"))
-    parser.add_argument("presets", nargs="*", metavar="PRESET")
+    parser.add_argument("what", choices=("speed", "matmul", "parity", "memory", "capacity", "learning"))
+    parser.add_argument("presets", nargs="*", metavar="PRESET|N", help="presets; for matmul, sizes (512 1024 if left out)")
     parser.add_argument("--target", default="cpp")
+    parser.add_argument("--engine", choices=("node", "wasmtime"), help="of speed: what runs WebAssembly (default: wasmtime)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
     measured: dict[str, Callable[[argparse.Namespace], str]] = {
-        "speed": speed, "parity": parity, "memory": memory, "capacity": capacity, "learning": learning,
+        "speed": speed, "matmul": matmul, "parity": parity, "memory": memory, "capacity": capacity, "learning": learning,
     }  # fmt: skip
-    suffix = f"-{options.target}-{options.threads}" if options.what == "speed" else ""
+    suffix = f"-{options.target}{f'-{options.engine}' if options.engine else ''}-{options.threads}" if options.what == "speed" else ""
     write(options.what + suffix, measured[options.what](options))
 
 
 def speed(options: argparse.Namespace) -> str:
     """A row for each preset: ours, each rival, the ratios, and the share of the FMA peak."""
     command = ["bench", "--target", options.target, "--threads", str(options.threads), "--against", ",".join(RIVALS), "--json"]
+    command += ["--engine", options.engine] if options.engine else []
     rows = list(records("speed", [[*command, preset] for preset in options.presets or ("tiny", "small")]))
     shown = [name for name in RIVALS if any(name in row["rivals"] for row in rows)]
     heads = ("preset", "ms", "tokens/s", "GFLOP/s", "of the peak", *(f"{name}, ms" for name in shown), *(f"× {name}" for name in shown))
@@ -102,6 +106,19 @@ def summary(rows: Sequence[dict[str, Any]], threads: int) -> str:
         cells.append((row["config"], f"{row['ms']:.2f} ms", f"{row['gflops'] / row['peak_gflops']:.0%}", *(f"{ratio:.2f}×" if ratio else "" for ratio in best)))
     heads = ("preset", f"a training step on {threads} threads", "of the FMA peak", *(f"faster than {head}" for head in shown))
     return doc_tables.table(heads, cells)
+
+
+def matmul(options: argparse.Namespace) -> str:
+    """A row for each CPU target, engine, number of threads and size: one product, packing included, beside the peak."""
+    sizes = ",".join(options.presets) or "512,1024"
+    contestants = [("cpp", ())] + [(target, ("--engine", engine)) for target in ("wasm32", "wasm64") for engine in ("node", "wasmtime")]
+    cells = []
+    for (target, engine), threads in itertools.product(contestants, (1, 2)):
+        command = ["bench", "--matmul", sizes, "--target", target, *engine, "--threads", str(threads), "--json"]
+        for row in map(json.loads, printed("matmul", command)):
+            share = f"{row['gflops'] / row['peak_gflops']:.0%} of {row['peak_gflops']:.0f}"
+            cells.append((target, "".join(engine[1:]), threads, f"{row['matmul']}³", f"{row['ms']:.2f}", f"{row['gflops']:.0f}", share))
+    return doc_tables.table(("target", "engine", "threads", "size", "ms", "GFLOP/s", "of the peak"), cells)
 
 
 def parity(options: argparse.Namespace) -> str:
@@ -264,14 +281,19 @@ def learning(options: argparse.Namespace) -> str:
 
 
 def records(what: str, commands: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
-    """The JSON object that each command prints; kept in build/measured as well."""
+    """The JSON object that each command prints last."""
+    for command in commands:
+        yield json.loads(printed(what, command)[-1])
+
+
+def printed(what: str, command: Sequence[str]) -> list[str]:
+    """The lines that a command prints; kept in build/measured as well."""
     RECORDS.mkdir(parents=True, exist_ok=True)
+    lines = tinygpt(*command).strip().splitlines()
+    print(*lines, sep="\n", flush=True)
     with (RECORDS / f"{what}.jsonl").open("a") as kept:
-        for command in commands:
-            line = tinygpt(*command).strip().splitlines()[-1]
-            print(line, flush=True)
-            kept.write(line + "\n")
-            yield json.loads(line)
+        kept.writelines(f"{line}\n" for line in lines)
+    return lines
 
 
 def tinygpt(*arguments: str) -> str:
