@@ -35,8 +35,11 @@ test: env ## everything the tests need, then all tests
 bench: env ## speed of every preset beside PyTorch's, into docs/performance.md
 	$(BIN)/python tools/measure.py speed $(PRESETS) --threads $(THREADS)
 
-capacity: env ## memory of every preset, into docs/performance.md
+capacity: env ## memory of every preset, and the largest in WebAssembly (9 GB, 15 min), into docs/performance.md
+	PYTHON=$(PYTHON) tools/system_packages.sh test
+	tools/node.sh
 	$(BIN)/python tools/measure.py memory
+	$(TEST_ENVIRONMENT) $(BIN)/python tools/measure.py capacity --threads $(THREADS)
 
 fuzz: env ## the property tests, long and with new examples each time
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 -m hypothesis --hypothesis-profile=fuzz

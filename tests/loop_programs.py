@@ -370,7 +370,7 @@ class _Mixed:
         return self.b.const(float(np.float32(value)) if dtype == "f32" else value, vector(dtype, lanes))
 
     def bounded(self, x: Value) -> Value:
-        """Numbers that no chain of products makes infinite."""
+        """Numbers that no chain of products makes infinite, and that i32 can hold."""
         low, high = (self.b.const(limit, x.type) for limit in (-1e6, 1e6))
         return self.b.primitive("min", [self.b.primitive("max", [x, low]), high])
 
@@ -420,7 +420,7 @@ class _Mixed:
         if dtype == "bool":
             return b.primitive("cast", [x], self.rng.choice(("f32", "i32", "u32")))
         whole = b.primitive("bitcast", [x], "i32" if dtype == "u32" else "u32")
-        return b.primitive("cast", [whole], "f32") if self.rng.random() < 0.5 else whole
+        return self.bounded(b.primitive("cast", [whole], "f32")) if self.rng.random() < 0.5 else whole
 
     def moved(self, x: Value, y: Value, lanes: int) -> Value:
         b, rng = self.b, self.rng

@@ -12,10 +12,13 @@ from tinygpt.targets.cpp import PROFILES
 from tinygpt.targets.cpp.build import compile_flags
 
 from tests.cli import CONFIG, SHAPE, CommandLine
-from tinygpt import bench, compiler, peak
+from tests.node import require_node
+from tinygpt import bench, compiler, one_kernel, peak
 from tinygpt.config import ModelConfig
 from tinygpt.profiling import flops_by_hash
 from tinygpt.regeneration import product_flops, regenerate
+from tinygpt.runtime.bundle import load
+from tinygpt.runtime.engine import open_engine
 
 
 @pytest.fixture
@@ -146,3 +149,67 @@ def test_the_vendor_check_is_a_library_that_says_yes() -> None:
 
     library = ctypes.CDLL(str(bench.compiled(bench._VENDOR_CHECK, ["-shared", "-fPIC", "-O1"], ".so")))
     assert library.mkl_serv_intel_cpu_true() == 1 and library.mkl_serv_intel_cpu() == 1
+
+
+@pytest.mark.parametrize(("target", "engine"), [("cpp", ()), ("wasm32", ()), ("wasm64", ("--engine", "node"))])
+def test_a_product_alone_is_timed_beside_the_peak(tinygpt: CommandLine, target: str, engine: tuple[str, ...]) -> None:
+    if engine:
+        require_node()
+    done = tinygpt.works("bench", "--matmul", "40,64", "--target", target, *engine, *SHORT, "--json")
+    rows = [json.loads(line) for line in done.splitlines()]
+    assert [(row["matmul"], row["target"], row["threads"]) for row in rows] == [(40, target, 1), (64, target, 1)]
+    for row in rows:
+        assert row["engine"] == "".join(engine[1:])
+        assert row["gflops"] == pytest.approx(2 * row["matmul"] ** 3 / row["ms"] / 1e6, rel=0.05)
+        assert row["peak_gflops"] > 0
+
+
+@pytest.mark.parametrize("target", ["cpp", "wasm32", "wasm64"])
+def test_the_product_and_the_peak_compute_what_they_say(target: str, tmp_path: Path) -> None:
+    device, caps = compiler.device_for(target, {})
+    made = one_kernel.product(tmp_path / "product", 40, device, caps)
+    x, w = np.random.default_rng(0).random((2, 40, 40)).astype(np.float32)
+    np.testing.assert_allclose(result(made, x, w), x @ w, rtol=1e-5)
+    chains = result(one_kernel.peak(tmp_path / "peak", device, caps), np.array([0.0, 0.25], np.float32))
+    assert (chains == 12 * 0.25).all()  # the term of each of the 12, all else having vanished
+
+
+def result(made: one_kernel.OneKernel, *inputs: np.ndarray) -> np.ndarray:
+    """What a bundle of one function computes on two threads."""
+    manifest = load(made.folder).manifest
+    engine = open_engine(made.folder, manifest, 2)
+    entry = manifest.functions[made.function]
+    for slot, array in zip(entry.inputs, inputs, strict=True):
+        engine.write(slot, array)
+    engine.run(entry.name)
+    found: np.ndarray = engine.read(entry.outputs[0])
+    engine.close()
+    return found
+
+
+def test_bench_times_a_bundle_in_node(tinygpt: CommandLine) -> None:
+    require_node()
+    done = tinygpt("bench", "mini.json", *SHAPE, *SHORT, "--target", "wasm32", "--engine", "node", "--against", "none", "--json")
+    assert done.status == 0, done.err
+    row = json.loads(done.out)
+    assert (row["target"], row["engine"], row["threads"]) == ("wasm32", "node", 1)
+    assert row["ms"] > 0 and "tuned for another engine" not in done.err
+
+
+def test_bench_without_node_says_where_to_get_it(tinygpt: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE", str(tinygpt.folder / "no-node"))
+    error = tinygpt.refused("bench", "--matmul", "40", *SHORT, "--target", "wasm32", "--engine", "node")
+    assert "no-node" in error and "npm install node" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "what should be timed"),
+        (("mini.json", "--matmul", "64"), "what should be timed"),
+        (("--matmul", "64,x"), "not a list of whole numbers"),
+        (("mini.json", "--engine", "node"), "does not run target cpp"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_time(tinygpt: CommandLine, arguments: tuple[str, ...], message: str) -> None:
+    assert message in tinygpt.refused("bench", *arguments)

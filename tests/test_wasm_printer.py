@@ -24,7 +24,7 @@ from tests.loop_programs import (
 from tests.test_random_tiles import THOROUGH
 from tests.wasm_kernels import WasmKernels, kernel_module
 from tinygpt.ir.caps import Caps
-from tinygpt.ir.core import Region, Value
+from tinygpt.ir.core import Kernel, Value
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.index import Index
 from tinygpt.ir.interpret_loop import run_loop_kernel
@@ -40,7 +40,7 @@ def check(cases: Sequence[Case], caps: Caps) -> None:
     kernels = WasmKernels([case.kernel for case in cases], caps)
     for case in cases:
         expected, found = case.buffers(), case.buffers()
-        run_loop_kernel(case.kernel, expected, 0, POINTS, fused=caps.fma and not has_scalar_fma(case.kernel.body))
+        run_loop_kernel(case.kernel, expected, 0, POINTS, fused=caps.fma and not has_scalar_fma(case.kernel))
         kernels.run(case.kernel, found, 0, 1)
         kernels.run(case.kernel, found, 2, 2)
         kernels.run(case.kernel, found, 1, POINTS)
@@ -48,9 +48,9 @@ def check(cases: Sequence[Case], caps: Caps) -> None:
             assert want.tobytes() == got.tobytes(), f"{print_function(kernels.module, case.kernel.name)}\n{want}\n{got}"
 
 
-def has_scalar_fma(region: Region) -> bool:
+def has_scalar_fma(kernel: Kernel) -> bool:
     """Whether a multiply-add of scalars is there, which relaxed SIMD does not fuse."""
-    return any((op.name == "fma" and isinstance(op.result.type, ScalarType)) or any(map(has_scalar_fma, op.regions)) for op in region.ops)
+    return any(op.name == "fma" and isinstance(op.result.type, ScalarType) for op in kernel.body.walk())
 
 
 @pytest.mark.parametrize("profile", TESTED)

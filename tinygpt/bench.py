@@ -1,4 +1,5 @@
-"""`tinygpt bench`: whole training steps, ours and the rivals', timed in turns in the same minutes, beside the FMA peak.
+"""`tinygpt bench`: whole training steps, ours and the rivals', or products alone, timed in turns in the same minutes,
+beside the FMA peak.
 
 Each contestant has a process of its own, so that thread pools do not fight, and waits while the others are timed. What
 counts is the best step of all rounds: a busy machine makes steps slower, never faster."""
@@ -19,18 +20,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tinygpt import peak
+from tinygpt import one_kernel, peak
 from tinygpt.config import ModelConfig, nearest
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.runtime.bundle import Bundle
+from tinygpt.runtime.engine import host_files
+from tinygpt.targets import Target, target
 from tinygpt.targets.cpp import PROFILES
 from tinygpt.targets.cpp.build import compile_flags
 from tinygpt.targets.cpp.profiles import processor
-from tinygpt.toolchain import compiled
+from tinygpt.toolchain import compiled, find_node
 
 RIVALS = ("torch", "torch.compile", "jax", "torch+avx512", "torch.compile+avx512")
 PRELOADED = "+avx512"  # PyTorch with MKL's check of the processor's vendor answered for it
+
+NODE = "node"  # the engine that is no part of this process
+HOST = "host/tinygpt.mjs"  # what a bundle brings if Node can run it
+OURS = "tinygpt"
+_PEAK = "peak"
 
 _PAUSE = 0.25  # seconds between turns: thread pools spin for a while after their last work
 _PEAK_SECONDS = 0.2
@@ -46,7 +54,7 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Result:
     """A line of `tinygpt bench --json`. `ms` is a training step of ours; `ratios` are rival ms / our ms; `notes` say
-    what lacks its fast path."""
+    what lacks its fast path; `engine` is "node", or empty for the one of this process."""
 
     config: str
     target: str
@@ -58,6 +66,24 @@ class Result:
     rivals: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    engine: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class ProductResult:
+    """A line of `tinygpt bench --matmul N --json`: f32[N, N] times f32[N, N], packing included."""
+
+    matmul: int
+    target: str
+    profile: str
+    engine: str
+    threads: int
+    ms: float
+    gflops: float
+    peak_gflops: float
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -79,11 +105,13 @@ def bench(
     threads: int,
     against: Sequence[str] = (),
     *,
+    engine: str = "",
     rounds: int = 5,
     seconds: float = 1.0,
     say: Say = print,
 ) -> Result:
-    """Time a bundle and its rivals. `seconds` is how long a turn lasts; `say` hears which rivals cannot run here.
+    """Time a bundle and its rivals. `engine` "node" runs it in Node instead of in this process's engine; `seconds` is how
+    long a turn lasts; `say` hears which rivals cannot run here.
 
     Raises UserError for a bundle without a config, which nobody else could build, and for what a compiler refuses."""
     manifest = bundle.manifest
@@ -95,17 +123,11 @@ def bench(
         "config": dict(manifest.config), "batch": manifest.batch, "context": manifest.context, "threads": threads,
         "training": dict(manifest.training), "bundle": str(bundle.folder.resolve()),
     }  # fmt: skip
-    program = peak.program(*_peak_settings(caps, manifest.strict))
-    best: dict[str, float] = {}
-    highest = 0.0
+    device = target(manifest.target_name)
     with contextlib.ExitStack() as stack:
-        contestants = list(_started(["tinygpt", *against], spec, stack, say))
-        for _ in range(rounds):
-            highest = max(highest, peak.measure(program, threads, _PEAK_SECONDS))
-            for contestant in contestants:
-                time.sleep(_PAUSE)
-                best[contestant.name] = min(contestant.turn(seconds), best.get(contestant.name, float("inf")))
-    ms = best.pop("tinygpt")
+        ours = _in_engine(OURS, spec, device, engine, stack)
+        best, highest = _turns([ours, *_started(against, spec, stack, say)], device, caps, manifest.strict, threads, engine, rounds, seconds, stack)
+    ms = best.pop(OURS)
     for name in [name for name, x in best.items() if math.isinf(x)]:
         del best[name]
         say(f"{name} is left out: it ended while it was timed")
@@ -115,8 +137,67 @@ def bench(
         manifest.name, manifest.target_name, threads, round(ms, 4),
         round(manifest.batch * manifest.context / ms * 1e3, 1),
         round(flops / ms / 1e6, 2), round(highest, 2), {n: round(x, 4) for n, x in best.items()},
-        {n: round(x / ms, 3) for n, x in best.items()}, tuple(notes(config, caps, manifest.strict, threads)),
+        {n: round(x / ms, 3) for n, x in best.items()}, tuple(notes(config, caps, manifest.strict, threads)), engine,
     )  # fmt: skip
+
+
+def bench_product(
+    size: int, device: Target, caps: Caps, threads: int, *, engine: str = "", rounds: int = 5, seconds: float = 1.0
+) -> ProductResult:
+    """Time one product of two square matrices, lowered by the passes that every model goes through."""
+    with contextlib.ExitStack() as stack:
+        made = one_kernel.product(_folder(stack) / "product", size, device, caps)
+        ours = _in_engine(OURS, _kernel_spec(made, threads), device, engine, stack)
+        best, highest = _turns([ours], device, caps, False, threads, engine, rounds, seconds, stack)
+    ms = best[OURS]
+    rate = made.flops / ms / 1e6
+    return ProductResult(size, device.name, caps.name, engine, threads, round(ms, 4), round(rate, 2), round(highest, 2))
+
+
+def _turns(
+    contestants: Sequence[Contestant], device: Target, caps: Caps, strict: bool, threads: int, engine: str,
+    rounds: int, seconds: float, stack: contextlib.ExitStack,
+) -> tuple[dict[str, float], float]:  # fmt: skip
+    """The best milliseconds of each contestant, and the peak in GFLOP/s: the highest that was measured between the turns,
+    by native code and, where another engine runs the bundle, by a module in it (which may fall short of the machine)."""
+    program = peak.program(*_peak_settings(caps, strict))
+    module, inside = None, None
+    if HOST in host_files(device.name):
+        module = one_kernel.peak(_folder(stack) / "peak", device, replace(caps, fma=caps.fma and not strict))
+        inside = _in_engine(_PEAK, _kernel_spec(module, threads), device, engine, stack)
+    best: dict[str, float] = {}
+    highest = 0.0
+    for _ in range(rounds):
+        highest = max(highest, peak.measure(program, threads, _PEAK_SECONDS))
+        if module and inside:
+            highest = max(highest, module.flops / inside.turn(_PEAK_SECONDS) / 1e6)
+        for contestant in contestants:
+            time.sleep(_PAUSE)
+            best[contestant.name] = min(contestant.turn(seconds), best.get(contestant.name, float("inf")))
+    return best, highest
+
+
+def _kernel_spec(made: one_kernel.OneKernel, threads: int) -> dict[str, Any]:
+    return {"bundle": str(made.folder.resolve()), "function": made.function, "threads": threads}
+
+
+def _folder(stack: contextlib.ExitStack) -> Path:
+    """A folder that goes with the context."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+def _in_engine(name: str, spec: Mapping[str, Any], device: Target, engine: str, stack: contextlib.ExitStack) -> Contestant:
+    """Our contestant, a session or one function, built and warmed up in this process's engine or in Node.
+
+    Raises UserError where Node is wanted and missing, or does not run the target."""
+    command = None
+    if engine == NODE:
+        if HOST not in host_files(device.name):
+            raise UserError(f"Node does not run target {device.name}", hint="--engine node is for wasm32 and wasm64")
+        command = [find_node(), str(Path(__file__).with_name("rival.mjs"))]
+    contestant = stack.enter_context(Contestant(name, os.environ, command))
+    contestant.build({**spec, "name": "function" if "function" in spec else OURS})
+    return contestant
 
 
 def notes(config: ModelConfig, caps: Caps, strict: bool, threads: int) -> Iterator[str]:
@@ -182,13 +263,13 @@ def _cannot_preload() -> str:
 
 
 class Contestant:
-    """A process of rivals.py. Ends when the context does."""
+    """A process of rivals.py, or of another program that speaks like it. Ends when the context does."""
 
-    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, environment: Mapping[str, str], command: Sequence[str] | None = None) -> None:
         self.name = name
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tinygpt.rivals"],
+            command or [sys.executable, "-m", "tinygpt.rivals"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -228,6 +309,6 @@ class Contestant:
         self._complaints.seek(0)
         complaint = self._complaints.read().strip().splitlines()
         last = complaint[-1] if complaint else f"exit status {self._process.returncode}"
-        if self.name == "tinygpt":
+        if self.name in (OURS, _PEAK):
             raise CompilerBug(f"the timed session ended: {last}")
         return {"unavailable": f"it ended with: {last}"} if "name" in request else {"ms": [float("inf")]}

@@ -68,17 +68,27 @@ class Compilation:
 
     @cached_property
     def _assembled(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        manifest = describe(self.stages[-1].module, self.plan, self.strict)
-        emitted = self.device.emit(self.plan, manifest, self.caps, self.strict)
-        files = {name: text.encode() if isinstance(text, str) else text for name, text in emitted.items()}
-        record = self.device.record(self.plan, dict(files), self.caps, self.strict)
-        files |= host_files(self.device.name)
-        vectors, manifest["golden"] = golden(self.captured, self.caps)
-        files[GRAPH] = print_module(self.captured).encode()
-        files[bundles.GOLDEN] = safetensors.numpy.save(vectors)
-        manifest["target"] = record | {"options": dict(self.options)}
-        manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        return manifest, files
+        vectors, tolerances = golden(self.captured, self.caps)
+        more = {GRAPH: print_module(self.captured).encode(), bundles.GOLDEN: safetensors.numpy.save(vectors)}
+        module = self.stages[-1].module
+        return assemble(module, self.plan, self.device, self.caps, self.strict, self.options, more, tolerances)
+
+
+def assemble(
+    module: Module, plan: Plan, device: Target, caps: Caps, strict: bool = False,
+    options: Mapping[str, str] | None = None, more: Mapping[str, bytes] | None = None,
+    tolerances: Mapping[str, Mapping[str, float]] | None = None,
+) -> tuple[dict[str, Any], dict[str, bytes]]:  # fmt: skip
+    """The manifest and the files of a plan: what the target emits, what a host needs, and `more`."""
+    manifest = describe(module, plan, strict)
+    emitted = device.emit(plan, manifest, caps, strict)
+    files = {name: text.encode() if isinstance(text, str) else text for name, text in emitted.items()}
+    record = device.record(plan, dict(files), caps, strict)
+    files |= host_files(device.name) | dict(more or {})
+    manifest["golden"] = dict(tolerances or {})
+    manifest["target"] = record | {"options": dict(options or {})}
+    manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return manifest, files
 
 
 def lower(

@@ -3,7 +3,8 @@
     python -m tinygpt.rivals < requests        (started by tinygpt.bench; one JSON object a line, both ways)
 
 The first request says what to build ({"name", "config", "batch", "context", "threads", "training", "bundle"}) and is
-answered by {"ready": true} or {"unavailable": why}; then {"seconds": S} by {"ms": [each step]}."""
+answered by {"ready": true} or {"unavailable": why}; then {"seconds": S} by {"ms": [each step]}. For {"name": "function",
+"function", "bundle", "threads"} a step is a run of that function of the bundle. rival.mjs does the same in Node."""
 
 from __future__ import annotations
 
@@ -44,6 +45,24 @@ def ours(spec: Mapping[str, Any]) -> Step:
     session = load(spec["bundle"]).session(threads=spec["threads"])
     tokens, targets = batch(spec)
     return lambda: session.train_step(tokens, targets)[0]
+
+
+def function(spec: Mapping[str, Any]) -> Step:
+    """One function of a bundle by itself, its inputs written once: halves, with which nothing grows or vanishes."""
+    from tinygpt.runtime.bundle import load
+    from tinygpt.runtime.engine import open_engine
+
+    bundle = load(spec["bundle"])
+    engine = open_engine(bundle.folder, bundle.manifest, spec["threads"])
+    entry = bundle.manifest.functions[spec["function"]]
+    for slot in entry.inputs:
+        engine.write(slot, np.full(slot.shape, 0.5, slot.numpy_dtype))
+
+    def step() -> float:
+        engine.run(entry.name)
+        return 0.0
+
+    return step
 
 
 def torch_step(spec: Mapping[str, Any], compile: bool) -> Step:
@@ -105,6 +124,7 @@ def jax_step(spec: Mapping[str, Any]) -> Step:
 
 BUILDERS: dict[str, Build] = {
     "tinygpt": ours,
+    "function": function,
     "torch": lambda spec: torch_step(spec, compile=False),
     "torch.compile": lambda spec: torch_step(spec, compile=True),
     "jax": jax_step,

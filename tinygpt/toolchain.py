@@ -1,9 +1,11 @@
-"""Small C++ programs that measuring needs (the FMA peak, a library to preload), compiled once into the cache."""
+"""Programs of other people that measuring needs: a C++ compiler for small programs of ours (the FMA peak, a library to
+preload), compiled once into the cache; and Node, which runs WebAssembly in V8."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ import platformdirs
 
 from tinygpt.ir.errors import UserError
 from tinygpt.runtime.native import find_compiler
+
+OLDEST_NODE = 22
 
 
 def compiled(source: str, flags: Sequence[str], suffix: str = "") -> Path:
@@ -43,3 +47,17 @@ def compiled(source: str, flags: Sequence[str], suffix: str = "") -> Path:
             hint="set XDG_CACHE_HOME to a folder you may write to",
         ) from error
     return path
+
+
+def find_node() -> str:
+    """The command that starts Node: NODE if it is set, else `node` on the PATH. Raises UserError without one that is
+    recent enough."""
+    command = os.environ.get("NODE") or shutil.which("node")
+    hint = f"install Node {OLDEST_NODE} or later (npm install node@24 has one), put it on the PATH or set NODE to it"
+    if not command or not shutil.which(command):
+        raise UserError(f"Node is not installed{f': there is no {command}' if command else ''}", hint=hint)
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    number = version.removeprefix("v").split(".")[0]
+    if not version.startswith("v") or not number.isdecimal() or int(number) < OLDEST_NODE:
+        raise UserError(f"{command} is {version or 'not Node'}, {OLDEST_NODE} or later is needed", hint=hint)
+    return command

@@ -1,9 +1,11 @@
 """Measures, and writes what it measured into the tables of docs/performance.md: when, where, and beside which peak.
 
     python tools/measure.py speed tiny small --threads 2        training steps beside PyTorch's and JAX's
-    python tools/measure.py speed tiny small --target wasm32
+    python tools/measure.py speed tiny small --target wasm32 --engine node
+    python tools/measure.py matmul 512 1024                     products alone, on every CPU target and engine
     python tools/measure.py parity tiny small medium            losses and gradients beside PyTorch's
     python tools/measure.py memory                              what each preset takes, planned and measured
+    python tools/measure.py capacity                            the largest model in WebAssembly, saved and resumed; xl in a browser
     python tools/measure.py learning                            1500 steps of small on TinyShakespeare
 
 Everything is measured through the command line or the public API, in processes of their own. Keep the machine quiet."""
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -26,7 +29,9 @@ from typing import Any
 
 import doc_tables
 
-from tinygpt.presets import PRESETS
+from tinygpt.presets import PRESETS, find
+from tinygpt.runtime import bundle as bundles
+from tinygpt.toolchain import find_node
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -34,6 +39,8 @@ README = ROOT / "README.md"
 RECORDS = ROOT / "build" / "measured"
 RIVALS = ("torch", "torch.compile", "torch+avx512", "torch.compile+avx512", "jax")
 MIB = 1 << 20
+GB = 10**9
+LARGEST, IN_BROWSER, BROWSER_STEPS = "behemoth", "xl", 20  # what `capacity` trains
 
 # Run with a bundle's folder: bytes that a session and two training steps add to a process that has loaded the bundle.
 _SESSION_BYTES = """
@@ -53,20 +60,24 @@ print(resident() - before)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "parity", "memory", "learning"))
-    parser.add_argument("presets", nargs="*", metavar="PRESET")
+    parser.add_argument("what", choices=("speed", "matmul", "parity", "memory", "capacity", "learning"))
+    parser.add_argument("presets", nargs="*", metavar="PRESET|N", help="presets; for matmul, sizes (512 1024 if left out)")
     parser.add_argument("--target", default="cpp")
+    parser.add_argument("--engine", choices=("node", "wasmtime"), help="of speed: what runs WebAssembly (default: wasmtime)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
-    measured: dict[str, Callable[[argparse.Namespace], str]] = {"speed": speed, "parity": parity, "memory": memory, "learning": learning}
-    suffix = f"-{options.target}-{options.threads}" if options.what == "speed" else ""
+    measured: dict[str, Callable[[argparse.Namespace], str]] = {
+        "speed": speed, "matmul": matmul, "parity": parity, "memory": memory, "capacity": capacity, "learning": learning,
+    }  # fmt: skip
+    suffix = f"-{options.target}{f'-{options.engine}' if options.engine else ''}-{options.threads}" if options.what == "speed" else ""
     write(options.what + suffix, measured[options.what](options))
 
 
 def speed(options: argparse.Namespace) -> str:
     """A row for each preset: ours, each rival, the ratios, and the share of the FMA peak."""
     command = ["bench", "--target", options.target, "--threads", str(options.threads), "--against", ",".join(RIVALS), "--json"]
+    command += ["--engine", options.engine] if options.engine else []
     rows = list(records("speed", [[*command, preset] for preset in options.presets or ("tiny", "small")]))
     shown = [name for name in RIVALS if any(name in row["rivals"] for row in rows)]
     heads = ("preset", "ms", "tokens/s", "GFLOP/s", "of the peak", *(f"{name}, ms" for name in shown), *(f"× {name}" for name in shown))
@@ -97,6 +108,19 @@ def summary(rows: Sequence[dict[str, Any]], threads: int) -> str:
     return doc_tables.table(heads, cells)
 
 
+def matmul(options: argparse.Namespace) -> str:
+    """A row for each CPU target, engine, number of threads and size: one product, packing included, beside the peak."""
+    sizes = ",".join(options.presets) or "512,1024"
+    contestants = [("cpp", ())] + [(target, ("--engine", engine)) for target in ("wasm32", "wasm64") for engine in ("node", "wasmtime")]
+    cells = []
+    for (target, engine), threads in itertools.product(contestants, (1, 2)):
+        command = ["bench", "--matmul", sizes, "--target", target, *engine, "--threads", str(threads), "--json"]
+        for row in map(json.loads, printed("matmul", command)):
+            share = f"{row['gflops'] / row['peak_gflops']:.0%} of {row['peak_gflops']:.0f}"
+            cells.append((target, "".join(engine[1:]), threads, f"{row['matmul']}³", f"{row['ms']:.2f}", f"{row['gflops']:.0f}", share))
+    return doc_tables.table(("target", "engine", "threads", "size", "ms", "GFLOP/s", "of the peak"), cells)
+
+
 def parity(options: argparse.Namespace) -> str:
     """A row for each preset: the largest differences over 50 steps."""
     data = ["--data", options.data] if options.data else []
@@ -124,6 +148,122 @@ def memory(options: argparse.Namespace) -> str:
     return "Mebibytes.\n\n" + doc_tables.table(heads, cells)
 
 
+def capacity(options: argparse.Namespace) -> str:
+    """The largest preset on wasm64, an engine at a time; its refusal on wasm32; xl in a browser beside Node. Ends the
+    program where a loss does not fall, where resuming or another engine changes a bit, or where memory is short."""
+    rows, curves = [], []
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=RECORDS) as folder:  # checkpoints of several GB: not where /tmp may be memory
+        for engine in ("node", "wasmtime"):
+            steps, cells = trained_and_resumed(Path(folder), engine, options.threads)
+            rows.append(cells)
+            curves.append(steps)
+            print(*cells, sep="\t", flush=True)
+        if curves[0] != curves[1]:
+            raise SystemExit(f"{LARGEST} has other losses in Node than in wasmtime: {curves}")
+        page = browser_losses(Path(folder), options.threads)
+    heads = ("engine", "loss of the three steps", "seconds a step", "checkpoint, GB", "step 3 after saving and resuming")
+    trained = f"{LARGEST} on wasm64, {options.threads} threads, one fixed batch, learning rate 1e-4; the losses of both engines are equal to the bit:"
+    browser = (
+        f"{IN_BROWSER} on wasm64 in headless Chromium, {options.threads} threads: {BROWSER_STEPS} steps, loss {page[0]:.4f} to {page[-1]:.4f}, "
+        "every one equal to Node's to the bit."
+    )
+    return f"{trained}\n\n{doc_tables.table(heads, rows)}\nCompiled for wasm32: *{refusal()}*\n\n{browser}\n"
+
+
+def trained_and_resumed(folder: Path, engine: str, threads: int) -> tuple[list[tuple[float, float]], tuple[str, ...]]:
+    """Three steps in one run; two, a checkpoint, and the third of a run that resumes it. Loss and norm of the three
+    steps, and a row of the table."""
+    bundle, saved = folder / engine, folder / f"{engine}.safetensors"
+    tinygpt("compile", LARGEST, "--target", "wasm64", "--set", f"engine={'v8' if engine == 'node' else engine}", "--out", str(bundle))
+    pools = json.loads((bundle / "manifest.json").read_text())["pools"]
+    batch, context = find(LARGEST).shape(None, None)
+    corpus = folder / "corpus.txt"
+    corpus.write_bytes(one_window(context))
+
+    def run(*more: str) -> list[dict[str, Any]]:
+        copies = 2 if engine == "wasmtime" else 0  # of the state, while Python saves it; Node streams
+        require_memory(sum(pools.values()) + copies * pools["state"] + GB)
+        metrics = folder / "metrics.jsonl"
+        train(engine, bundle, corpus, "--lr", "1e-4", "--threads", str(threads), "--metrics", str(metrics), *more)
+        return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    whole = run("--steps", "3", "--out", str(folder / "unused.safetensors"))
+    (folder / "unused.safetensors").unlink()
+    run("--steps", "2", "--out", str(saved))
+    size = saved.stat().st_size
+    resumed = run("--steps", "3", "--resume", str(saved), "--out", str(saved))
+    saved.unlink()
+    steps = [(row["loss"], row["grad_norm"]) for row in whole]
+    if not steps[0][0] > steps[1][0] > steps[2][0]:
+        raise SystemExit(f"{LARGEST} in {engine}: the loss does not fall: {steps}")
+    if (resumed[-1]["step"], resumed[-1]["loss"], resumed[-1]["grad_norm"]) != (3, *steps[2]):
+        raise SystemExit(f"{LARGEST} in {engine}: step 3 is {steps[2]}, after resuming {resumed[-1]}")
+    seconds = min(batch * context / row["tokens_per_s"] for row in whole)
+    losses = ", ".join(f"{loss:.4f}" for loss, _ in steps)
+    return steps, (engine_version(engine), losses, f"{seconds:.1f}", f"{size / GB:.2f}", "the same bits")
+
+
+def one_window(context: int) -> bytes:
+    """A corpus whose training part, nine tenths, has room for one window: every batch is that window. The bytes count up:
+    of random bytes or of prose, AdamW's first steps, which are as large as lr lets them be, overshoot at this width."""
+    return bytes(i % 256 for i in range(-(-10 * (context + 1) // 9)))
+
+
+def train(engine: str, bundle: Path, corpus: Path, *more: str) -> None:
+    """Train a bundle without evaluations, in Node by its own program or in wasmtime by ours."""
+    if engine == "wasmtime":
+        tinygpt("train", str(bundle), "--data", str(corpus), "--eval-every", "0", *more)
+        return
+    done = subprocess.run([find_node(), str(bundle / "host" / "train.mjs"), str(corpus), "--tokens", "0", *more], check=False)
+    if done.returncode:
+        raise SystemExit(f"training {bundle.name} in Node ended with status {done.returncode}")
+
+
+def engine_version(engine: str) -> str:
+    from importlib.metadata import version
+
+    if engine == "wasmtime":
+        return f"wasmtime {version('wasmtime')}"
+    return f"Node {subprocess.run([find_node(), '--version'], capture_output=True, text=True, check=True).stdout.strip()}"
+
+
+def require_memory(needed: int) -> None:
+    if available_bytes() < needed:
+        raise SystemExit(f"the run needs {needed / GB:.1f} GB of memory, {available_bytes() / GB:.1f} are free: end other programs first")
+
+
+def refusal() -> str:
+    """What compiling the largest preset for wasm32 says: how many bytes it needs, and a target that has them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tinygpt", "compile", LARGEST, "--target", "wasm32", "--plan-only"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = " ".join(done.stderr.split())
+    if done.returncode != 2 or not re.search(r"needs [\d,]+ bytes", said) or "wasm64" not in said:
+        raise SystemExit(f"{LARGEST} for wasm32 ended with status {done.returncode}: {said}")
+    return said
+
+
+def browser_losses(folder: Path, threads: int) -> list[float]:
+    """The losses of a page that trains in headless Chromium, which must be those of Node on the same text."""
+    sys.path.append(str(ROOT))
+    from tests.chromium import page_result
+
+    bundle, metrics = folder / IN_BROWSER, folder / "metrics.jsonl"
+    tinygpt("compile", IN_BROWSER, "--target", "wasm64", "--out", str(bundle))
+    page = page_result(bundles.load(bundle), f"steps={BROWSER_STEPS}&threads={threads}", folder / "profile", timeout=600)
+    if page["error"] or page["threads"] != threads:
+        raise SystemExit(f"{IN_BROWSER} in Chromium: {page['error'] or page['threads']}")
+    corpus = folder / "page.txt"
+    corpus.write_bytes(bytes(page["corpus"]))
+    train("node", bundle, corpus, "--steps", str(BROWSER_STEPS), "--threads", str(threads), "--metrics", str(metrics))
+    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    if page["losses"] != losses or len(losses) != BROWSER_STEPS:
+        raise SystemExit(f"{IN_BROWSER}: Chromium's losses are {page['losses']}, Node's {losses}")
+    return losses
+
+
 def learning(options: argparse.Namespace) -> str:
     """Validation loss of small over 1500 steps at the default settings, and how long it took."""
     with tempfile.TemporaryDirectory() as folder:
@@ -141,14 +281,19 @@ def learning(options: argparse.Namespace) -> str:
 
 
 def records(what: str, commands: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
-    """The JSON object that each command prints; kept in build/measured as well."""
+    """The JSON object that each command prints last."""
+    for command in commands:
+        yield json.loads(printed(what, command)[-1])
+
+
+def printed(what: str, command: Sequence[str]) -> list[str]:
+    """The lines that a command prints; kept in build/measured as well."""
     RECORDS.mkdir(parents=True, exist_ok=True)
+    lines = tinygpt(*command).strip().splitlines()
+    print(*lines, sep="\n", flush=True)
     with (RECORDS / f"{what}.jsonl").open("a") as kept:
-        for command in commands:
-            line = tinygpt(*command).strip().splitlines()[-1]
-            print(line, flush=True)
-            kept.write(line + "\n")
-            yield json.loads(line)
+        kept.writelines(f"{line}\n" for line in lines)
+    return lines
 
 
 def tinygpt(*arguments: str) -> str:

@@ -120,7 +120,7 @@ function validated(m, placesOf) {
   };
   const disjoint = (items, what) => {
     const sorted = [...items].sort((a, b) => a.address - b.address);
-    sorted.reduce((a, b) => (require(a.address + a.bytes <= b.address, `${what}: ${a.name}`, `over ${b.name}`), b));
+    sorted.reduce((a, b) => (require(a.address + a.bytes <= b.address, `${what}: ${a.name}`, `over ${b.name}`), b), { address: 0, bytes: 0 });
   };
   disjoint(slots(m.parameters, "parameters"), "parameters");
   for (const [name, f] of Object.entries(m.functions)) {
@@ -359,9 +359,9 @@ export class Session {
     this.functions = Object.fromEntries(Object.entries(manifest.functions).map(both));
   }
 
-  /** Write the initial weights of `seed`, zero the moments, and start at step 0. */
+  /** Write the initial weights of `seed`, zero the moments, and start at step 0; a bundle may have none to write. */
   async init(seed = this.seed) {
-    await this.#run("init", { seed: seedWords(seed) });
+    if (this.functions.init) await this.#run("init", { seed: seedWords(seed) });
     this.seed = seed;
     this.#setStep(0);
   }

@@ -15,6 +15,7 @@ from tinygpt.commands.options import (
     compiled,
     console,
     is_bundle,
+    profile,
     show,
     table,
     whole,
@@ -23,7 +24,7 @@ from tinygpt.ir.errors import UserError
 
 
 def _bench_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("configs", metavar="CONFIG", nargs="+", help="presets or JSON files")
+    parser.add_argument("configs", metavar="CONFIG", nargs="*", help="presets or JSON files")
     add_target(parser)
     add_shape(parser)
     add_threads(parser)
@@ -33,18 +34,31 @@ def _bench_arguments(parser: ArgumentParser) -> None:
         default="torch",
         help="of torch, torch.compile, jax, torch+avx512, torch.compile+avx512; with commas (default: torch)",
     )
+    parser.add_argument(
+        "--engine", choices=("node", "wasmtime"), help="what runs a WebAssembly bundle (default: wasmtime, in this process)"
+    )
+    parser.add_argument(
+        "--matmul", metavar="N,…", default="", help="time products of N x N matrices alone, packing included, and no model"
+    )
     parser.add_argument("--rounds", metavar="N", type=whole(), default=5, help="turns for each contestant (default: 5)")
     parser.add_argument("--seconds", metavar="S", type=float, default=1.0, help="how long a turn lasts (default: 1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line")
 
 
 def _bench(args: Namespace) -> int:
-    from tinygpt.bench import bench, require_rivals
+    from tinygpt.bench import NODE, bench, require_rivals
 
     against = [name for name in args.against.split(",") if name and name != "none"]
     require_rivals(against)
-    choices = [chosen(args, config, local=True) for config in args.configs]
+    if bool(args.configs) == bool(args.matmul):
+        raise UserError("bench: what should be timed?", hint="name a preset or a JSON file, or give --matmul 512,1024")
+    if args.engine and not args.target.startswith("wasm"):
+        raise UserError(f"--engine {args.engine}: does not run target {args.target}", hint="leave it out, or give --target wasm32 or wasm64")
+    engine = NODE if args.engine == NODE else ""
     threads = args.threads or len(os.sched_getaffinity(0))
+    if args.matmul:
+        return _bench_products(args, engine, threads)
+    choices = [chosen(args, config, local=not engine) for config in args.configs]
     results = table(
         "",
         "config",
@@ -58,10 +72,11 @@ def _bench(args: Namespace) -> int:
     )
     for choice in choices:
         say = console(stderr=True).print
-        if choice.target.startswith("wasm") and choice.options.get("engine") != "wasmtime":
-            say(f"note: {choice.caps.name} is tuned for another engine than wasmtime, which runs it here")
+        runs, tuned = "v8" if engine else "wasmtime", choice.options.get("engine", "v8")
+        if choice.target.startswith("wasm") and tuned != runs:
+            say(f"note: {choice.caps.name} is tuned for another engine than {runs}, which runs it here")
         result = bench(
-            compiled(choice), choice.caps, threads, against, rounds=args.rounds, seconds=args.seconds, say=say
+            compiled(choice), choice.caps, threads, against, engine=engine, rounds=args.rounds, seconds=args.seconds, say=say
         )
         if args.json:
             print(result.to_json(), flush=True)
@@ -79,6 +94,33 @@ def _bench(args: Namespace) -> int:
     if not args.json:
         show(results)
     return 0
+
+
+def _bench_products(args: Namespace, engine: str, threads: int) -> int:
+    from tinygpt.bench import bench_product
+    from tinygpt.targets import target
+
+    caps = profile(args, local=not engine)[0]
+    results = table("", "product", "target", "profile ", "threads", "ms", "GFLOP/s", "of peak")
+    for size in _sizes(args.matmul):
+        found = bench_product(
+            size, target(args.target), caps, threads, engine=engine, rounds=args.rounds, seconds=args.seconds
+        )  # fmt: skip
+        if args.json:
+            print(found.to_json(), flush=True)
+        share = f"{found.gflops / found.peak_gflops:.0%} of {found.peak_gflops:.0f}"
+        results.add_row(f"{size}³", found.target, found.profile, str(threads), f"{found.ms:.2f}", f"{found.gflops:.0f}", share)
+    if not args.json:
+        show(results)
+    return 0
+
+
+def _sizes(text: str) -> list[int]:
+    """The numbers of --matmul. Raises UserError."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and 1 <= int(part) <= 8192 for part in parts):
+        raise UserError(f"--matmul {text}: not a list of whole numbers from 1 to 8192", hint="write --matmul 512,1024")
+    return [int(part) for part in parts]
 
 
 def _parity_arguments(parser: ArgumentParser) -> None:
@@ -123,7 +165,7 @@ def _profile_arguments(parser: ArgumentParser) -> None:
 
 
 def _profile(args: Namespace) -> int:
-    from tinygpt.profiling import flops_by_hash, profile
+    from tinygpt import profiling
     from tinygpt.regeneration import regenerate
     from tinygpt.runtime.bundle import load
 
@@ -134,7 +176,7 @@ def _profile(args: Namespace) -> int:
         )
     bundle = load(args.bundle)
     with bundle.session(args.threads) as session:
-        found = profile(session, flops_by_hash(regenerate(Path(args.bundle))), args.runs)
+        found = profiling.profile(session, profiling.flops_by_hash(regenerate(Path(args.bundle))), args.runs)
     title = f"{bundle.manifest.name}: a training step of {found.total_ms:.2f} ms on {found.where}"
     kernels = table(title, "kernel", "of ", "launches", "ms", "%", "GFLOP/s")
     for row in found.rows:
@@ -159,7 +201,8 @@ COMMANDS = (
         (
             "tinygpt bench tiny small medium --threads 2 --against torch,torch.compile",
             "tinygpt bench small --against torch+avx512,jax --json",
-            "tinygpt bench small --target wasm32 --threads 2 --json",
+            "tinygpt bench small --target wasm32 --threads 2 --engine node --json",
+            "tinygpt bench --matmul 512,1024 --target wasm64 --threads 1",
         ),
         _bench_arguments,
         _bench,

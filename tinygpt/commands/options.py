@@ -112,6 +112,15 @@ def chosen(args: Namespace, config: str, *, local: bool = False) -> Choice:
     """What to compile of a CONFIG argument and the options beside it; `local` prefers what this process runs fastest.
 
     Raises UserError for a config, target, field or option that does not exist or does not fit."""
+    caps, given, fields = profile(args, local=local)
+    preset = with_fields(find(config), fields)
+    return Choice(preset, args.target, caps, given, *preset.shape(args.batch, args.context), args.strict)
+
+
+def profile(args: Namespace, *, local: bool = False) -> tuple[Caps, dict[str, str], dict[str, Any]]:
+    """The profile that --target and --set choose, the target's options, and the fields of a config among the settings.
+
+    Raises UserError for a target, field or option that does not exist."""
     from tinygpt.devices import settled
     from tinygpt.targets import target
 
@@ -127,8 +136,7 @@ def chosen(args: Namespace, config: str, *, local: bool = False) -> Choice:
             f"the nearest field is {nearest(key, FIELDS)!r}",
             hint=f"fields: {', '.join(FIELDS)}; options: profile (cpp, wgsl); device (wgsl); engine, threads, relaxed (wasm)",
         )
-    preset = with_fields(find(config), fields)
-    return Choice(preset, args.target, caps, given, *preset.shape(args.batch, args.context), args.strict)
+    return caps, given, fields
 
 
 def _split(settings: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
