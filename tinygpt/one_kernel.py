@@ -21,7 +21,7 @@ from tinygpt.targets import Target
 # A manifest is that of a model: no weights, one token, no settings.
 _ATTRS = {
     "config": {"vocab_size": 1}, "batch": 1, "context": 1, "training": {},
-    "layout": {"places": {}, "decaying": 0, "size": 0}, "inits": {},
+    "layout": {"places": {}, "decaying": 0, "size": 0, "pieces": ()}, "inits": {},
 }  # fmt: skip
 
 # Of the peak: 12 chains fill two units of four cycles' latency and fit 16 registers; a run lasts about a millisecond.
