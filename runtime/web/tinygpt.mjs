@@ -359,7 +359,7 @@ export class Session {
     this.functions = Object.fromEntries(Object.entries(manifest.functions).map(both));
   }
 
-  /** Write the initial weights of `seed`, zero the moments, and start at step 0; a bundle may have none to write. */
+  /** Write the initial weights of `seed`, zero the moments, and start at step 0. */
   async init(seed = this.seed) {
     if (this.functions.init) await this.#run("init", { seed: seedWords(seed) });
     this.seed = seed;
