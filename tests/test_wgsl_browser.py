@@ -17,6 +17,7 @@ from tests.lowered import passes_until, small_model
 from tests.test_cpu_strategy import CASES, op_kernels
 from tests.wgsl_device import device
 from tinygpt.compiler import compile, module_for
+from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Module
 from tinygpt.lowering.gpu import lower
 from tinygpt.runtime.bundle import Bundle
@@ -24,7 +25,7 @@ from tinygpt.runtime.data import Corpus
 from tinygpt.runtime.sampling import Sampling
 from tinygpt.runtime.training import train
 from tinygpt.targets.wgsl.printer import print_kernel
-from tinygpt.targets.wgsl.profiles import DEFAULT
+from tinygpt.targets.wgsl.profiles import DEFAULT, SUBGROUPS
 
 STEPS = 20
 CORPUS = Corpus("text", "", np.random.default_rng(5).integers(97, 123, 2000).astype(np.uint8))
@@ -100,14 +101,14 @@ DAMAGED = {
     "no entry": ("", "@compute @workgroup_size(1) fn other() {}", "the device refuses kernel {kernel}: "),
 }  # fmt: skip
 # A shader without the directive that Tint wants for it and naga refuses: the host adds it.
-SUBGROUPS = """
+UNDIRECTED = """
     @group(0) @binding({binding}) var<storage, read_write> sum: array<f32>;
     @compute @workgroup_size(1) fn main() {{ sum[0] = subgroupAdd(1.0); }}
 """
 # What Tint and the device say of SHADERS: [[name, code, access of each binding]].
 TINT = """
     const adapter = await navigator.gpu.requestAdapter();
-    const device = await adapter.requestDevice();
+    const device = await adapter.requestDevice({ requiredFeatures: ["subgroups"] });
     const kind = (a) => ({ type: a === "in" ? "read-only-storage" : "storage" });
     const check = async ([name, code, access]) => {
         device.pushErrorScope("validation");
@@ -181,7 +182,7 @@ def test_a_damaged_bundle_and_a_lost_device_are_named(bundle: Bundle, tmp_path: 
     kernel = bundle.manifest.target["functions"]["init"][0]["kernel"]
     written = bundle.manifest.target["kernels"][kernel]["access"].index("out")
     cases = {name: (change, shader) for name, (change, shader, _) in DAMAGED.items()}
-    cases["subgroups"] = ("m.target.features = ['subgroups']", SUBGROUPS.format(binding=written))
+    cases["subgroups"] = ("m.target.features = ['subgroups']", UNDIRECTED.format(binding=written))
     said = script_result(bundle, DAMAGE.replace("DAMAGED", json.dumps(cases)), tmp_path / "profile")
     wanted = {name: message.format(kernel=kernel) for name, (_, _, message) in DAMAGED.items()} | {"lost": "the GPU was lost"}
     for name, message in wanted.items():
@@ -190,11 +191,12 @@ def test_a_damaged_bundle_and_a_lost_device_are_named(bundle: Bundle, tmp_path: 
     assert said["subgroups"] == "nothing"
 
 
-def shaders(module: Module) -> list[Shader]:
-    """The kernels of a captured model."""
+def shaders(module: Module, caps: Caps = DEFAULT) -> list[Shader]:
+    """The kernels of a captured model, with the directive that the host writes before them."""
     for p in passes_until("loops"):
-        module = p.run(module, DEFAULT)
-    return [(k.name, print_kernel(k, DEFAULT), list(k.access)) for k in module.kernels.values()]
+        module = p.run(module, caps)
+    directives = "enable subgroups; " if "subgroups" in caps.features else ""
+    return [(k.name, directives + print_kernel(k, caps), list(k.access)) for k in module.kernels.values()]
 
 
 def refused(bundle: Bundle, found: list[Shader], profile: Path) -> dict[str, list[str]]:
@@ -223,6 +225,7 @@ def untried_shaders(bundle: Bundle) -> list[Shader]:
 SOURCES: dict[str, Callable[[Bundle], list[Shader]]] = {
     "presets": lambda bundle: [*untried_shaders(bundle), *shaders(module_for("small"))],
     "odd": lambda bundle: shaders(small_model()),
+    "subgroups": lambda bundle: shaders(small_model(), SUBGROUPS),
     "ops": lambda bundle: op_shaders(),
 }
 
