@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from tests import pytorch_reference as pytorch
 from tests.cli import CONFIG
+from tests.test_end_to_end import CORPUS, batches
 from tests.wgsl_device import device
 from tinygpt.cli import main
 from tinygpt.compiler import compile, device_for
 from tinygpt.ir.errors import UserError as CompilerUserError
-from tinygpt.model import TinyGPT
 from tinygpt.presets import find
 from tinygpt.profiling import profile
 from tinygpt.regeneration import regenerate
@@ -76,33 +76,36 @@ def test_no_launch_reads_and_writes_a_pool_and_bindings_are_aligned(bundle: Bund
             assert all(p != q or a + m <= b or b + n <= a for (p, a, m), (q, b, n) in combinations(written, 2))
 
 
-def torch_step(model: TinyGPT, optimizer: torch.optim.Optimizer, tokens: np.ndarray, targets: np.ndarray) -> float:
-    optimizer.zero_grad()
-    _, loss = model(torch.from_numpy(tokens), torch.from_numpy(targets))
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return float(loss.detach())
-
-
-def test_tiny_trains_like_pytorch(bundle: Bundle) -> None:
-    manifest = bundle.manifest
-    rng = np.random.default_rng(11)
-    shape = (manifest.batch, manifest.context)
-    batches = [(rng.integers(0, manifest.vocab_size, shape), rng.integers(0, manifest.vocab_size, shape)) for _ in range(4)]
+def test_fifty_clipped_steps_match_pytorch(bundle: Bundle) -> None:
+    """From weights far enough from their start that every gradient is clipped."""
     with bundle.session(seed=5) as session:
-        model = TinyGPT(find("tiny").config)
-        model.load_state_dict({n: torch.from_numpy(x.copy()) for n, x in session.parameters().items()}, strict=False)
-        decay = manifest.training
-        groups = [
-            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": decay["weight_decay"]},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(decay["beta1"], decay["beta2"]), eps=decay["eps"])
-        for step in range(12):
-            tokens, targets = batches[step % 4]
-            found, _ = session.train_step(tokens, targets, lr=3e-4)
-            assert found == pytest.approx(torch_step(model, optimizer, tokens, targets), abs=1e-5)
+        weights, steps = pytorch.spread_weights(session, 3), batches(session, 50)
+        wanted = np.array(pytorch.train(pytorch.model(find("tiny").config, weights), steps, 3e-4))
+        found = np.array([session.train_step(*batch, lr=3e-4) for batch in steps])
+    assert (wanted[:, 1] > 1).all()
+    assert np.abs(found - wanted).max(axis=0)[0] <= 1e-5
+    assert (np.abs(found - wanted) / wanted).max() <= 1e-5
+
+
+def test_one_batch_is_learned_by_heart(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        losses = [session.train_step(tokens, targets, lr=3e-3)[0] for _ in range(150)]
+        assert losses[0] == pytest.approx(np.log(256), abs=0.1)
+        assert session.loss(tokens, targets) < 0.05
+
+
+def test_batches_and_the_validation_loss_are_those_of_cpp(bundle: Bundle) -> None:
+    pytorch.require_engine("cpp")
+    text = CORPUS.validation[:5001]  # no whole number of windows
+    with bundle.session(seed=9) as session, compile("tiny", "cpp").session(seed=9) as native:
+        for (tokens, targets), (same_tokens, same_targets) in zip(batches(session, 50), batches(native, 50), strict=True):
+            assert np.array_equal(tokens, same_tokens) and np.array_equal(targets, same_targets)
+        native.load_parameters(pytorch.spread_weights(session, 4))
+        for batch in batches(session, 10):
+            session.train_step(*batch, lr=1e-3)
+            native.train_step(*batch, lr=1e-3)
+        assert session.evaluate(text) == pytest.approx(native.evaluate(text), abs=1e-5)
 
 
 def test_two_runs_give_the_same_bits(bundle: Bundle) -> None:
