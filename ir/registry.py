@@ -64,6 +64,10 @@ class GraphOp:
         """Gradients of the operands, given those of the results (None: not needed or zero)."""
         raise UserError(f"{self.name} has no gradient", hint="use it outside of what the loss depends on")
 
+    def terms(self, types: Sequence[TensorType]) -> int:
+        """How many terms every element of the result is a sum of, if the op has an attribute `parts`; 0 if it has not."""
+        return 0
+
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
         """Emit the tile program that computes the results through `write` from operands through `read`."""
         raise CompilerBug(f"{self.name} has no tile program")

@@ -220,6 +220,8 @@ class Fusion:
         for group in self.groups[-6:]:
             if group.kind != "columns" or group.space != op.operands[0].type.shape:
                 continue
+            if any(o.attrs.get("parts", 1) != op.attrs.get("parts", 1) for o in group.ops if OPS[o.name].kind == "columns"):
+                continue
             if not reads & {s for o in group.ops for s in self.reads_of(o)} or self.inputs([*group.ops, op]) > self.max_inputs:
                 continue
             if self.latest(op) < group.order:

@@ -12,6 +12,10 @@ from tinygpt.ir.caps import Caps
 from tinygpt.ir.index import ceil_div
 
 Order = dict[str, Any]
+FEW_ROWS = 16
+MANY_BLOCKS = 256  # workgroups that fill a device even where each has few threads
+SHORTEST_PART = 128  # terms of a sum that is made in parts
+LARGEST_PARTIALS = 128 << 20  # bytes
 LONGEST_CONTRACTION = 2560  # all of K in one trip up to here: accumulators never leave their registers
 
 
@@ -83,10 +87,15 @@ CPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
 
 
 def gpu_contraction(extents: Mapping[str, int], caps: Caps) -> Schedule:
-    """Tiles of 64 x 64 where there are enough of them to fill a device, else of 32 x 32; a thread holds 4 x 4 elements."""
-    blocks = ceil_div(extents["rows"], 64) * ceil_div(extents["columns"], 64) * extents["batch"]
-    side = 64 if blocks >= 64 else 32
-    return Schedule({"tile": (side, side, extents["inner"]), "threads": (side // 4, side // 4)}, {"slice": 32})
+    """Tiles of 64 x 64 with 8 x 8 elements a thread where there are enough of them to fill a device, with 4 x 4 where
+    there are fewer; tiles of 32 x 32 where there are few, or where edges would waste a quarter of the larger ones."""
+    rows, columns = (ceil_div(extents[axis], 64) for axis in ("rows", "columns"))
+    blocks = rows * columns * extents["batch"]
+    wasted = rows * 64 * columns * 64 > 1.25 * extents["rows"] * extents["columns"]
+    if blocks < 64 or (wasted and blocks < MANY_BLOCKS):
+        return Schedule({"tile": (32, 32, extents["inner"]), "threads": (8, 8)}, {"slice": 32})
+    many = blocks >= MANY_BLOCKS
+    return Schedule({"tile": (64, 64, extents["inner"]), "threads": (8, 8) if many else (16, 16)}, {"slice": 16 if many else 32})
 
 
 def gpu_attention(extents: Mapping[str, int], caps: Caps) -> Schedule:
@@ -109,8 +118,17 @@ def gpu_flat(extents: Mapping[str, int], caps: Caps) -> Schedule:
 
 
 def gpu_columns(extents: Mapping[str, int], caps: Caps) -> Schedule:
-    """Stripes of 16 columns, 512 rows at a time: many workgroups, and few trips to workgroup memory."""
+    """Stripes of 16 columns, 512 rows at a time: many workgroups, and few trips to workgroup memory. A few rows are added
+    up by one thread each four columns."""
+    if extents["rows"] <= FEW_ROWS:
+        return Schedule({"tile": (extents["rows"], 256), "threads": (1, 64)}, {})
     return Schedule({"tile": (min(extents["rows"], 512), 16), "threads": (64, 4)}, {})
+
+
+def gpu_parts(inner: int, elements: int, caps: Caps) -> int:
+    """In how many parts sums of `inner` terms are made, so that they fill a device; `elements` of them are kept together."""
+    room = min(caps.binding_bytes or LARGEST_PARTIALS, LARGEST_PARTIALS) // (4 * elements)
+    return max((n for n in (1, 2, 4, 8) if inner % n == 0 and inner >= n * SHORTEST_PART and n <= room), default=1)
 
 
 def threads_along(extent: int, most: int) -> int:

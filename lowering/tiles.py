@@ -261,12 +261,17 @@ class GroupTiler:
     def root(self) -> Op | None:
         return next((op for op in self.region.ops if OPS[op.name].kind in ("root", "columns", "rows")), None)
 
+    @property
+    def parts(self) -> int:
+        """In how many parts the group's column sums are left."""
+        return int(self.root.attrs.get("parts", 1)) if self.root is not None and OPS[self.root.name].kind == "columns" else 1
+
     def choose_schedule(self) -> Schedule:
         root, space = self.root, self.row_space()
         pattern = OPS[root.name].pattern if root else "flat"
         if pattern == "contraction":
             assert root is not None
-            inner = root.operands[0].type.shape[-1]
+            inner = root.operands[0].type.shape[-1] // root.attrs.get("parts", 1)
             shape = root.results[0].type.shape
             extents = {"rows": shape[-2], "columns": shape[-1], "inner": inner, "batch": prod(shape[:-2])}
         elif pattern == "attention":
@@ -274,7 +279,7 @@ class GroupTiler:
             shape = root.operands[0].type.shape
             extents = {"rows": shape[2], "columns": shape[3], "batch": shape[0] * shape[1]}
         else:
-            extents = {"rows": prod(space[:-1]), "columns": space[-1] if space else 1}
+            extents = {"rows": prod(space[:-1]) // self.parts, "columns": space[-1] if space else 1}
         return choose(pattern, extents, self.caps)
 
     def row_space(self) -> tuple[int, ...]:
@@ -410,17 +415,21 @@ class GroupTiler:
         assert root is not None
         rows, columns = root.operands[0].type.shape
         block_rows, block_columns = self.k.order["tile"]
+        extent = rows // self.parts
+        block_rows = block_rows if extent % block_rows == 0 or self.parts == 1 else extent  # no block lies in two parts
+        part = [self.k.grid(self.parts)] if self.parts > 1 else []
+        first = sum((p * extent for p in part), Index.of(0))
         j = self.k.dim("j", self.k.grid(ceil_div(columns, block_columns)) * block_columns, block_columns, columns)
         sums = [op for op in self.region.ops if OPS[op.name].kind == "columns"]
 
         def body(n: Index, *totals: Value) -> list[Value]:
-            i = self.k.dim("i", n * block_rows, block_rows, rows)
-            parts = [OPS[op.name].column(self.k, op, i, j, [self.reader(v) for v in op.operands]) for op in sums]  # type: ignore[attr-defined]
-            return [self.k.add(t, p) for t, p in zip(totals, parts, strict=True)]
+            i = self.k.dim("i", first + n * block_rows, block_rows, rows)
+            found = [OPS[op.name].column(self.k, op, i, j, [self.reader(v) for v in op.operands]) for op in sums]  # type: ignore[attr-defined]
+            return [self.k.add(t, p) for t, p in zip(totals, found, strict=True)]
 
-        totals = self.k.loop(0, ceil_div(rows, block_rows), [self.k.fill(0.0, None, j) for _ in sums], body)
+        totals = self.k.loop(0, ceil_div(extent, block_rows), [self.k.fill(0.0, None, j) for _ in sums], body)
         for op, total in zip(sums, totals, strict=True):
-            self.writers[op.result](total, j, cols=j)
+            self.writers[op.result](total, *part, j, cols=j)
 
 
 def start_and_end(storage: Strided) -> tuple[int, int]:

@@ -306,7 +306,7 @@ def local_device() -> dict[str, Any]:
 
     Raises UserError if wgpu or a driver is missing."""
     wanted = "reading what this machine's GPU has"
-    adapter = _adapters(_wgpu(wanted), wanted)[0]
+    adapter = adapters(_wgpu(wanted), wanted)[0]
     names = {theirs: ours for ours, theirs in _FEATURES.items()}
     return {
         "name": adapter.info["device"],
@@ -326,10 +326,10 @@ def _wgpu(wanted: str) -> Any:
 
 def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
     """A device of the best adapter that has what the bundle needs."""
-    adapters = _adapters(wgpu, f"bundle {folder}")
+    found = adapters(wgpu, f"bundle {folder}")
     features = wgpu_features(record.features)
     reasons = []
-    for adapter in adapters:
+    for adapter in found:
         missing = [f"feature {name}" for name in features if name not in adapter.features]
         missing += [f"subgroups of {record.subgroup} lanes"] if record.subgroup > _subgroup_lanes(adapter) else []
         missing += [f"{name} {n:,}" for name, n in record.limits.items() if adapter.limits.get(name, n) < n]
@@ -351,12 +351,12 @@ def _subgroup_lanes(adapter: Any) -> int:
     return _SUBGROUP_LANES.get(adapter.info["vendor_id"], _SMALLEST_SUBGROUP)
 
 
-def _adapters(wgpu: Any, wanted: str) -> list[Any]:
+def adapters(wgpu: Any, wanted: str) -> list[Any]:
     """This machine's GPUs, best first. Raises UserError if there is none."""
-    adapters = sorted(wgpu.gpu.enumerate_adapters_sync(), key=_preference)
-    if not adapters:
+    found = sorted(wgpu.gpu.enumerate_adapters_sync(), key=_preference)
+    if not found:
         raise UserError(f"{wanted}: no GPU driver found", hint=_INSTALL)
-    return adapters
+    return found
 
 
 def _seconds_per_tick(device: Any) -> float:

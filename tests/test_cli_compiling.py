@@ -63,13 +63,13 @@ def test_from_refuses_what_is_no_dump_of_this_model(tinygpt: CommandLine, compil
     plan = ("compile", "mini.json", "--plan-only", *SHAPE, "--from")
     assert "not the name of a dump" in tinygpt.refused(*plan, "mini.json")
     assert "cannot be read" in tinygpt.refused(*plan, "nowhere/00-captured.tir")
-    assert "for batch 2, not 3" in tinygpt.refused(*plan, "stages/08-fuse.tir", "--batch", "3")
-    assert "another config" in tinygpt.refused(*plan, "stages/08-fuse.tir", "--set", "n_layers=2")
-    text = (tinygpt.folder / "stages/08-fuse.tir").read_text()
-    (tinygpt.folder / "stages/08-fuse.tir").write_text(text[: len(text) // 2])
-    assert "08-fuse.tir" in tinygpt.refused(*plan, "stages/08-fuse.tir")
+    assert "for batch 2, not 3" in tinygpt.refused(*plan, "stages/09-fuse.tir", "--batch", "3")
+    assert "another config" in tinygpt.refused(*plan, "stages/09-fuse.tir", "--set", "n_layers=2")
+    text = (tinygpt.folder / "stages/09-fuse.tir").read_text()
+    (tinygpt.folder / "stages/09-fuse.tir").write_text(text[: len(text) // 2])
+    assert "09-fuse.tir" in tinygpt.refused(*plan, "stages/09-fuse.tir")
     (tinygpt.folder / "stages/00-captured.tir").unlink()
-    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/09-tile.tir")
+    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/10-tile.tir")
 
 
 def test_settings_are_fields_of_the_config_or_options_of_the_target(tinygpt: CommandLine) -> None:

@@ -183,7 +183,9 @@ def test_gradient_agrees_with_numeric_differentiation(name: str, example: Exampl
 TORCH: dict[str, Callable[..., Any]] = {
     "gelu": lambda x: F.gelu(x),
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "matmul": lambda a, b: torch.matmul(a, b),
+    "matmul": lambda a, b, parts=1: (
+        torch.matmul(a, b) if parts == 1 else torch.stack([x @ y for x, y in zip(a.chunk(parts, 1), b.chunk(parts, 0), strict=True)])
+    ),
     "sum": lambda x, axes: x.sum(dim=axes),
     "reshape": lambda x, shape: x.reshape(shape),
     "transpose": lambda x, perm: x.permute(perm),
@@ -288,14 +290,19 @@ def column_program(name: str, example: Example, tile: Sequence[int]) -> Kernel:
     """A column op on its own: stripes of columns, over blocks of rows."""
     p = Program(name, example, {"tile": tuple(tile)})
     rows, columns = example.types[0].shape
+    parts = example.attrs.get("parts", 1)
+    extent = rows // parts
+    block = tile[0] if parts == 1 else min(extent, 3)
+    part = [p.k.grid(parts)] if parts > 1 else []
+    first = sum((n * extent for n in part), Index.of(0))
     (j,) = p.blocks([columns], tile[1:])
     column = p.op.column  # type: ignore[attr-defined]
 
     def body(n: Index, total: Value) -> list[Value]:
-        return [p.k.add(total, column(p.k, p.node, p.k.dim("i", n * tile[0], tile[0], rows), j, p.read))]
+        return [p.k.add(total, column(p.k, p.node, p.k.dim("i", first + n * block, block, rows), j, p.read))]
 
-    (total,) = p.k.loop(0, ceil_div(rows, tile[0]), [p.k.fill(0.0, None, j)], body)
-    p.write[0](total, j, cols=j)
+    (total,) = p.k.loop(0, ceil_div(extent, block), [p.k.fill(0.0, None, j)], body)
+    p.write[0](total, *part, j, cols=j)
     return p.k.finish()
 
 

@@ -32,7 +32,9 @@ from tinygpt.targets.cpp.build import compile_flags
 from tinygpt.targets.cpp.profiles import processor
 from tinygpt.toolchain import compiled, find_node
 
-RIVALS = ("torch", "torch.compile", "jax", "torch+avx512", "torch.compile+avx512")
+RIVALS = (
+    "torch", "torch.compile", "jax", "torch+avx512", "torch.compile+avx512", "torch.cuda", "torch.cuda.compile", "torch.cuda.graph"
+)  # fmt: skip
 PRELOADED = "+avx512"  # PyTorch with MKL's check of the processor's vendor answered for it
 
 NODE = "node"  # the engine that is no part of this process

@@ -6,6 +6,7 @@
     python tools/measure.py parity tiny small medium            losses and gradients beside PyTorch's
     python tools/measure.py memory                              what each preset takes, planned and measured
     python tools/measure.py capacity                            the largest model in WebAssembly, saved and resumed; xl in a browser
+    python tools/measure.py gpu small medium                    WebGPU beside PyTorch on CUDA: steps, then kernels
     python tools/measure.py learning                            1500 steps of small on TinyShakespeare
 
 Everything is measured through the command line or the public API, in processes of their own. Keep the machine quiet."""
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 RECORDS = ROOT / "build" / "measured"
+CUDA_RIVALS = ("torch.cuda", "torch.cuda.compile", "torch.cuda.graph")
 RIVALS = ("torch", "torch.compile", "torch+avx512", "torch.compile+avx512", "jax")
 MIB = 1 << 20
 GB = 10**9
@@ -60,13 +62,17 @@ print(resident() - before)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "matmul", "parity", "memory", "capacity", "learning"))
+    parser.add_argument("what", choices=("speed", "matmul", "parity", "memory", "capacity", "learning", "gpu"))
     parser.add_argument("presets", nargs="*", metavar="PRESET|N", help="presets; for matmul, sizes (512 1024 if left out)")
     parser.add_argument("--target", default="cpp")
     parser.add_argument("--engine", choices=("node", "wasmtime"), help="of speed: what runs WebAssembly (default: wasmtime)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
+    if options.what == "gpu":
+        write("gpu-steps", gpu_steps(options), where=graphics())
+        write("gpu-kernels", gpu_kernels(), where=graphics())
+        return
     measured: dict[str, Callable[[argparse.Namespace], str]] = {
         "speed": speed, "matmul": matmul, "parity": parity, "memory": memory, "capacity": capacity, "learning": learning,
     }  # fmt: skip
@@ -264,6 +270,29 @@ def browser_losses(folder: Path, threads: int) -> list[float]:
     return losses
 
 
+def gpu_steps(options: argparse.Namespace) -> str:
+    """A row for each preset: a whole training step on WebGPU, and PyTorch's on CUDA in the same minutes."""
+    command = ["bench", "--target", "wgsl", "--against", ",".join(CUDA_RIVALS), "--rounds", "2", "--json"]
+    rows = records("gpu", [[*command, preset] for preset in options.presets or ("tiny", "small", "medium", "large", "xl", "huge", "massive", "mega")])
+    cells = [
+        (row["config"], f"{row['ms']:.3f}", f"{row['gflops'] / 1e3:.2f}", *(f"{row['rivals'][n]:.3f} ({row['ratios'][n]:.2f}×)" if n in row["rivals"] else "" for n in CUDA_RIVALS))
+        for row in rows
+    ]  # fmt: skip
+    return doc_tables.table(("preset", "WebGPU, ms", "TFLOP/s", *(f"{n}, ms (its time over ours)" for n in CUDA_RIVALS)), cells)
+
+
+def gpu_kernels() -> str:
+    """A row for each product and each attention, by slope, and PyTorch's time for the same where it has CUDA."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "gpu_kernels.py")], stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    cells = []
+    for row in map(json.loads, done.stdout.splitlines()):
+        rate = f"{row['flops'] / row['seconds'] / 1e12:.1f}" if "flops" in row else ""
+        rival = (f"{row['rival'] * 1e6:.1f}", f"{row['rival'] / row['seconds']:.0%}") if "rival" in row else ("", "")
+        cells.append((row["what"], "×".join(map(str, row["shape"])), f"{row['seconds'] * 1e6:.1f}", rate, *rival))
+    return doc_tables.table(("what", "shape", "WebGPU, µs", "TFLOP/s", "PyTorch on CUDA, µs", "our speed over its"), cells)
+
+
 def learning(options: argparse.Namespace) -> str:
     """Validation loss of small over 1500 steps at the default settings, and how long it took."""
     with tempfile.TemporaryDirectory() as folder:
@@ -317,7 +346,7 @@ def available_bytes() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def write(name: str, content: str, page: Path = PAGE) -> None:
+def write(name: str, content: str, page: Path = PAGE, where: str = "") -> None:
     """Put a table into its place on a page, under a line that says when and where it was measured."""
     text = page.read_text()
     start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
@@ -325,8 +354,20 @@ def write(name: str, content: str, page: Path = PAGE) -> None:
         text = text.rstrip() + f"\n\n## {name}\n\n{start}{end}\n"
     before, _, after = text.partition(start)
     _, _, after = after.partition(end)
-    page.write_text(f"{before}{start}\n{circumstances()}\n\n{content}\n{end}{after}")
+    page.write_text(f"{before}{start}\n{where or circumstances()}\n\n{content}\n{end}{after}")
     print(f"wrote {name} into {page.relative_to(ROOT)}")
+
+
+def graphics() -> str:
+    """As `circumstances`, of the graphics adapter."""
+    from importlib.metadata import version
+
+    import wgpu
+
+    from tinygpt.runtime.gpu import adapters
+
+    info = adapters(wgpu, "measure")[0].info
+    return f"*{datetime.date.today()}, {info['device']}, {info['backend_type']} driver {info['description']}, wgpu {version('wgpu')}, PyTorch {version('torch')}*"
 
 
 def circumstances() -> str:

@@ -208,7 +208,7 @@ def bits_to_normal(bits: Scalar) -> Scalar:
     """A standard normal number from 32 random bits, by the inverse error function (Giles 2010, single precision)."""
     mantissa = bitcast((bits >> 9) | 0x3F800000, "f32")
     x = 2.0 * (mantissa - 1.0) + (2.0**-23 - 1.0)
-    w = -log_of((1.0 - x) * (1.0 + x))
+    w = -log_of(larger((1.0 - x) * (1.0 + x), 2.0**-23))  # a driver that adds up in another order makes x = -1
     near, far = w - 2.5, root(w) - 3.0
     p, q = constant(2.81022636e-08, "f32"), constant(-0.000200214257, "f32")
     for c in (3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503, -0.00417768164, 0.246640727, 1.50140941):

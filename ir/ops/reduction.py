@@ -68,7 +68,7 @@ class SumRows(RowOp):
 
 @register
 class SumColumns(GraphOp):
-    """Sum of each column: [M, C] -> [C]."""
+    """Sum of each column: [M, C] -> [C]; with `parts` [parts, C], the sums of that many equal stretches of rows."""
 
     name = "sum_columns"
     kind = "columns"
@@ -77,20 +77,34 @@ class SumColumns(GraphOp):
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         if types[0].rank != 2:
             raise ValueError(f"{types[0]} has no rows and columns")
-        return (TensorType(types[0].dtype, types[0].shape[1:]),)
+        parts = attrs.get("parts", 1)
+        if types[0].shape[0] % parts:
+            raise ValueError(f"the rows of {types[0]} have no {parts} equal parts")
+        return (TensorType(types[0].dtype, (*([parts] if parts > 1 else []), types[0].shape[1])),)
 
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
-        return (operands[0].sum(0, dtype=np.float64).astype(operands[0].dtype),)
+        (x,) = operands
+        parts = attrs.get("parts", 1)
+        x = x.reshape(parts, -1, x.shape[1]) if parts > 1 else x
+        return (x.sum(-2, dtype=np.float64).astype(x.dtype),)
 
     def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
-        return [grads[0] and g("broadcast", grads[0], shape=op.operands[0].type.shape)]
+        parts, (rows, columns) = op.attrs.get("parts", 1), op.operands[0].type.shape
+        if grads[0] is None:
+            return [None]
+        each = g("broadcast", g("reshape", grads[0], shape=(parts, 1, columns)), shape=(parts, rows // parts, columns))
+        return [g("reshape", each, shape=(rows, columns))]
+
+    def terms(self, types: Sequence[TensorType]) -> int:
+        return types[0].shape[0]
 
     def column(self, k: TileBuilder, op: Op, i: Dim, j: Dim, read: Readers) -> Value:
         """What a block of rows adds to the columns j."""
         return k.reduce("sum", read[0](i, j, rows=i, cols=j), 0)
 
     def examples(self) -> Sequence[Example]:
-        return [Example((TensorType("f32", s),)) for s in ((5, 12), (70, 33), (300, 130))]
+        split = Example((TensorType("f32", (30, 12)),), {"parts": 5})
+        return [*(Example((TensorType("f32", s),)) for s in ((5, 12), (70, 33), (300, 130))), split]
 
 
 def matrix_shape(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, int] | None:

@@ -32,7 +32,8 @@ def _bench_arguments(parser: ArgumentParser) -> None:
         "--against",
         metavar="RIVALS",
         default="torch",
-        help="of torch, torch.compile, jax, torch+avx512, torch.compile+avx512; with commas (default: torch)",
+        help="of torch, torch.compile, jax, torch+avx512, torch.compile+avx512, torch.cuda, torch.cuda.compile, torch.cuda.graph; "
+        "with commas (default: torch)",
     )
     parser.add_argument(
         "--engine", choices=("node", "wasmtime"), help="what runs a WebAssembly bundle (default: wasmtime, in this process)"
