@@ -8,6 +8,7 @@
     python tools/measure.py capacity                            the largest model in WebAssembly, saved and resumed; xl in a browser
     python tools/measure.py gpu small medium                    WebGPU beside PyTorch on CUDA: steps, then kernels
     python tools/measure.py learning                            1500 steps of small on TinyShakespeare
+    python tools/measure.py learning huge --target wgsl --steps 5000
 
 Everything is measured through the command line or the public API, in processes of their own. Keep the machine quiet."""
 
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--target", default="cpp")
     parser.add_argument("--engine", choices=("node", "wasmtime"), help="of speed: what runs WebAssembly (default: wasmtime)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1500, help="of learning")
+    parser.add_argument("--rounds", type=int, default=2, help="of gpu: turns that each contestant gets")
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
     if options.what == "gpu":
@@ -77,6 +80,7 @@ def main() -> None:
         "speed": speed, "matmul": matmul, "parity": parity, "memory": memory, "capacity": capacity, "learning": learning,
     }  # fmt: skip
     suffix = f"-{options.target}{f'-{options.engine}' if options.engine else ''}-{options.threads}" if options.what == "speed" else ""
+    suffix += f"-{options.presets[0]}-{options.target}" if options.what == "learning" and options.presets else ""
     write(options.what + suffix, measured[options.what](options))
 
 
@@ -272,7 +276,7 @@ def browser_losses(folder: Path, threads: int) -> list[float]:
 
 def gpu_steps(options: argparse.Namespace) -> str:
     """A row for each preset: a whole training step on WebGPU, and PyTorch's on CUDA in the same minutes."""
-    command = ["bench", "--target", "wgsl", "--against", ",".join(CUDA_RIVALS), "--rounds", "2", "--json"]
+    command = ["bench", "--target", "wgsl", "--against", ",".join(CUDA_RIVALS), "--rounds", str(options.rounds), "--json"]
     rows = records("gpu", [[*command, preset] for preset in options.presets or ("tiny", "small", "medium", "large", "xl", "huge", "massive", "mega")])
     cells = [
         (row["config"], f"{row['ms']:.3f}", f"{row['gflops'] / 1e3:.2f}", *(f"{row['rivals'][n]:.3f} ({row['ratios'][n]:.2f}×)" if n in row["rivals"] else "" for n in CUDA_RIVALS))
@@ -283,8 +287,7 @@ def gpu_steps(options: argparse.Namespace) -> str:
 
 def gpu_kernels() -> str:
     """A row for each product and each attention, by slope, and PyTorch's time for the same where it has CUDA."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "gpu_kernels.py")], stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "gpu_kernels.py")], stdout=subprocess.PIPE, text=True, env=surroundings(), check=True)
     cells = []
     for row in map(json.loads, done.stdout.splitlines()):
         rate = f"{row['flops'] / row['seconds'] / 1e12:.1f}" if "flops" in row else ""
@@ -294,19 +297,21 @@ def gpu_kernels() -> str:
 
 
 def learning(options: argparse.Namespace) -> str:
-    """Validation loss of small over 1500 steps at the default settings, and how long it took."""
+    """The losses of a run at the default settings, how long it took, and what the model writes afterwards."""
+    preset, steps = (options.presets or ["small"])[0], options.steps
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Path(folder) / "metrics.jsonl"
+        metrics, checkpoint = Path(folder) / "metrics.jsonl", f"{folder}/{preset}.safetensors"
         data = ["--data", options.data] if options.data else []
+        place = ["--target", options.target] + (["--threads", str(options.threads)] if options.target != "wgsl" else [])
         began = time.perf_counter()
-        tinygpt(
-            "train", "small", "--target", options.target, "--steps", "1500", "--eval-every", "250", "--threads", str(options.threads),
-            "--out", f"{folder}/small.safetensors", "--metrics", str(metrics), *data,
-        )  # fmt: skip
+        tinygpt("train", preset, *place, "--steps", str(steps), "--eval-every", str(steps // 6), "--out", checkpoint, "--metrics", str(metrics), *data)
         took = time.perf_counter() - began
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        samples = [tinygpt("generate", checkpoint, *place, "--prompt", "ROMEO:", "--tokens", "240", "--seed", str(seed)) for seed in range(1, 4)]
     cells = [(row["step"], f"{row['train_loss']:.4f}", f"{row['val_loss']:.4f}") for row in rows if "val_loss" in row]
-    return f"{took:.0f} seconds in all, compiling and evaluating included.\n\n" + doc_tables.table(("step", "training", "validation"), cells)
+    shown = "".join(f"\n```\n{sample.strip()}\n```\n" for sample in samples)
+    table = doc_tables.table(("step", "training", "validation"), cells)
+    return f"{took:.0f} seconds in all, compiling and evaluating included.\n\n{table}\n\nThree samples, seeds 1 to 3:\n{shown}"
 
 
 def records(what: str, commands: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
@@ -327,16 +332,19 @@ def printed(what: str, command: Sequence[str]) -> list[str]:
 
 def tinygpt(*arguments: str) -> str:
     """Run the command line; its standard output. Ends the program where it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "tinygpt", *arguments], stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-m", "tinygpt", *arguments], stdout=subprocess.PIPE, text=True, env=surroundings(), check=False)
     if done.returncode:
         raise SystemExit(f"tinygpt {' '.join(arguments)} ended with status {done.returncode}")
     return done.stdout
 
 
+def surroundings() -> dict[str, str]:
+    """The environment in which this checkout's package is the one that is imported."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+
+
 def session_bytes(folder: str) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", _SESSION_BYTES, folder], stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", _SESSION_BYTES, folder], stdout=subprocess.PIPE, text=True, env=surroundings(), check=True)
     return int(done.stdout)
 
 
