@@ -21,7 +21,7 @@ from tinygpt.lowering.gpu_memory import Piece, WorkgroupLowering
 from tinygpt.lowering.gpu_values import WIDTH
 
 SLICE = 16  # of the contraction, staged at a time
-UNROLL = 4  # of the contraction loop
+UNROLL = 8  # of the contraction loop
 FETCHED_AHEAD = 8  # vectors of the next slice a thread holds while it works on this one
 UNROLLED_COPIES = 4  # vectors of a slice a thread copies without a loop
 

@@ -87,15 +87,16 @@ CPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
 
 
 def gpu_contraction(extents: Mapping[str, int], caps: Caps) -> Schedule:
-    """Tiles of 64 x 64 with 8 x 8 elements a thread where there are enough of them to fill a device, with 4 x 4 where
-    there are fewer; tiles of 32 x 32 where there are few, or where edges would waste a quarter of the larger ones."""
+    """Tiles of 64 x 64 with 8 x 8 elements a thread where there are enough of them to fill a device. Else tiles of 32 x 32,
+    with 8 x 4 elements a thread, or with 4 x 4 where there are few or where edges would waste a quarter of the larger ones."""
     rows, columns = (ceil_div(extents[axis], 64) for axis in ("rows", "columns"))
     blocks = rows * columns * extents["batch"]
     wasted = rows * 64 * columns * 64 > 1.25 * extents["rows"] * extents["columns"]
-    if blocks < 64 or (wasted and blocks < MANY_BLOCKS):
+    if blocks >= MANY_BLOCKS:
+        return Schedule({"tile": (64, 64, extents["inner"]), "threads": (8, 8)}, {"slice": 16})
+    if blocks < 64 or wasted:
         return Schedule({"tile": (32, 32, extents["inner"]), "threads": (8, 8)}, {"slice": 32})
-    many = blocks >= MANY_BLOCKS
-    return Schedule({"tile": (64, 64, extents["inner"]), "threads": (8, 8) if many else (16, 16)}, {"slice": 16 if many else 32})
+    return Schedule({"tile": (32, 32, extents["inner"]), "threads": (4, 8)}, {"slice": 16})
 
 
 def gpu_attention(extents: Mapping[str, int], caps: Caps) -> Schedule:
