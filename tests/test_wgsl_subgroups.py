@@ -34,41 +34,42 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @cache
-def found(bits: int, relied_on: int) -> dict[str, Any]:
-    """What tests/subgroup_programs.py prints where the driver's vectors have so many bits, and so many lanes are relied on."""
+def found(lanes: int) -> dict[str, Any]:
+    """What tests/subgroup_programs.py measures where the driver's subgroups have so many lanes, by how many are relied on."""
     device(SUBGROUPS.features)
-    told = {"LP_NATIVE_VECTOR_WIDTH": str(bits), "MESA_SHADER_CACHE_DISABLE": "true"}  # the cache does not know the width
-    command = [sys.executable, "-m", "tests.subgroup_programs", str(relied_on)]
+    told = {"LP_NATIVE_VECTOR_WIDTH": str(32 * lanes), "MESA_SHADER_CACHE_DISABLE": "true"}  # the cache does not know the width
+    command = [sys.executable, "-m", "tests.subgroup_programs", *sorted({"4", str(lanes)})]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **told}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
-    if result["lanes"] != bits // 32:
+    if result["lanes"] != lanes:
         assert not os.environ.get("CI"), result
         pytest.skip("this driver's subgroups have lanes of their own")
-    return result
+    by_lanes: dict[str, Any] = result["relying on"]
+    return by_lanes
 
 
-@pytest.mark.parametrize(("bits", "relied_on"), [(128, 4), (256, 8), (512, 16), (512, 4)])
-def test_row_reductions_are_right_and_the_same_from_run_to_run(bits: int, relied_on: int) -> None:
-    result = found(bits, relied_on)
-    assert result["folds"] > 20 and result["worst"] < 1e-6
-    first, second = result["bits"]
-    assert first == second
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_row_reductions_are_right_and_the_same_from_run_to_run(lanes: int) -> None:
+    for result in found(lanes).values():
+        assert result["folds"] > 10 and result["worst"] < 1e-6
+        first, second = result["bits"]
+        assert first == second
 
 
 @pytest.mark.parametrize("lanes", [4, 32])
 def test_no_thread_races_another_and_the_interpreter_agrees(lanes: int) -> None:
     caps = replace(SUBGROUPS, subgroup=lanes)
     for kernel, buffers in kernels(caps):
-        expected = [b.astype(np.float64) for b in buffers]
+        expected = [b.astype(np.float64) if b.dtype == np.float32 else b.copy() for b in buffers]
         run_kernel(kernel, expected, wide=True)
         run_workgroups(lower(kernel, caps), buffers)
         for a, b in zip(expected, buffers, strict=True):
-            assert np.abs(a - b).max() < 1e-5 * np.abs(a).max(), kernel.name
+            assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), kernel.name
 
 
 def test_bits_depend_on_the_lanes_relied_on_and_not_on_those_there_are() -> None:
-    assert found(128, 4)["bits"] == found(512, 4)["bits"]
+    assert found(4)["4"]["bits"] == found(8)["4"]["bits"] == found(16)["4"]["bits"]
 
 
 def test_a_bundle_with_subgroups_agrees_with_the_interpreter_and_repeats_its_bits(tmp_path: Path) -> None:
