@@ -17,6 +17,7 @@ from tinygpt.ir.core import Kernel, Module, Op, Region
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.interpret_tile import run_kernel
 from tinygpt.ir.interpret_workgroup import run_workgroups
+from tinygpt.ir.plan import grid_points
 from tinygpt.ir.text import parse_kernel, print_kernel
 from tinygpt.ir.verify import verify_kernel
 from tinygpt.lowering.gpu import lower
@@ -166,10 +167,14 @@ def assert_sound(kernel: Kernel) -> None:
             assert np.abs(a.astype(np.float64) - b).max() <= 3e-5 * np.abs(a).max() + 1e-9, print_kernel(kernel)
 
 
-def test_kernels_of_tiny_break_no_rule_at_any_grid_point() -> None:
-    preset = PRESETS["tiny"]
+@pytest.mark.parametrize("name", ["tiny", "small", "xl"])
+def test_kernels_of_a_step_break_no_rule(name: str) -> None:
+    """At every grid point of tiny, at the first, a middle and the last one of the others."""
+    preset = PRESETS[name]
     for kernel in kernels_of_a_step(module_for(preset.config, preset.batch_size, None)):
-        run_workgroups(lower(kernel, DEFAULT), random_buffers(kernel, np.random.default_rng(0)))
+        last = grid_points(kernel) - 1
+        points = range(last + 1) if name == "tiny" else sorted({0, last // 2, last})
+        run_workgroups(lower(kernel, DEFAULT), random_buffers(kernel, np.random.default_rng(0)), points)
 
 
 @THOROUGH
