@@ -21,9 +21,8 @@ const AGAIN = "compile the bundle again: tinygpt compile CONFIG --target T --out
 // Words of the first page by which threads meet, as indices of an Int32Array.
 const POSTED = 16, ENTRY = 17, FINISHED = 64;
 
-// Element types: their arrays, their names in safetensors and in numpy.
+// Element types: their arrays and their names in numpy; in safetensors they are in capitals.
 const ARRAYS = { f32: Float32Array, i32: Int32Array, u32: Uint32Array, bool: Uint8Array };
-const STORED = { f32: "F32", i32: "I32", u32: "U32", bool: "BOOL" };
 const NUMPY = { f32: "<f4", i32: "<i4", u32: "<u4", bool: "|b1" };
 
 /** Something outside the runtime is wrong: the bundle, a file, the device. `hint` is the next step. */
@@ -465,7 +464,7 @@ export class Session {
     const golden = new Map((await tensorsOf(await blobOf(file), "golden.safetensors")).tensors.map((t) => [t.name, t]));
     const arrayOf = (key, slot) => {
       const t = golden.get(key);
-      if (!t || t.dtype !== STORED[slot.dtype] || String(t.shape) !== String(slot.shape)) {
+      if (!t || t.dtype !== slot.dtype.toUpperCase() || String(t.shape) !== String(slot.shape)) {
         throw new UserError(`golden.safetensors does not fit the manifest: ${key}`, AGAIN);
       }
       return new ARRAYS[slot.dtype](file.slice(t.begin, t.end).buffer);
@@ -511,7 +510,7 @@ export class Session {
     const header = { __metadata__: { format: "tinygpt-checkpoint", version: "1", settings, sha256: hash.hex() } };
     let end = 0;
     for (const slot of slots) {
-      header[slot.name] = { dtype: STORED[slot.dtype], shape: slot.shape, data_offsets: [end, (end += slot.bytes)] };
+      header[slot.name] = { dtype: slot.dtype.toUpperCase(), shape: slot.shape, data_offsets: [end, (end += slot.bytes)] };
     }
     const text = utf8(JSON.stringify(header));
     const first = new Uint8Array(8 + Math.ceil(text.length / 8) * 8).fill(32);
@@ -550,7 +549,7 @@ export class Session {
     const slots = new Map(this.manifest.parameters.map((slot) => [slot.name, slot]));
     for (const t of tensors) {
       t.slot = slots.get(t.name);
-      const fits = t.slot && t.dtype === STORED[t.slot.dtype] && String(t.shape) === String(t.slot.shape);
+      const fits = t.slot && t.dtype === t.slot.dtype.toUpperCase() && String(t.shape) === String(t.slot.shape);
       require(fits, `belongs to another model: ${t.name} is ${t.dtype} [${t.shape}] there`);
     }
     require(tensors.length === slots.size, "belongs to another model: it lacks arrays");
@@ -803,7 +802,7 @@ async function tensorsOf(blob, what) {
   for (const [name, entry] of Object.entries(header ?? {})) {
     if (name === "__metadata__") continue;
     const { dtype, shape, data_offsets: offsets } = entry ?? {};
-    const kind = Object.keys(STORED).find((key) => STORED[key] === dtype);
+    const kind = Object.keys(ARRAYS).find((key) => key.toUpperCase() === dtype);
     const [begin, end] = Array.isArray(offsets) ? offsets : [];
     if (!kind || !Array.isArray(shape) || !(begin >= 0) || !Number.isSafeInteger(end)) throw refuse(`${name} is malformed`);
     const bytes = shape.reduce((a, b) => a * b, 1) * ARRAYS[kind].BYTES_PER_ELEMENT;
@@ -828,7 +827,7 @@ function newHash() {
 }
 
 class Sha256 {
-  static #constants = null;
+  static #constants = Sha256.#fractions();
   #state;
   #block = new Uint8Array(64);
   #words = new Int32Array(64);
@@ -836,7 +835,6 @@ class Sha256 {
   #length = 0;
 
   constructor() {
-    Sha256.#constants ??= Sha256.#fractions();
     this.#state = Int32Array.from(Sha256.#constants.initial);
   }
 
