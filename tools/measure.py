@@ -327,7 +327,7 @@ def printed(what: str, command: Sequence[str]) -> list[str]:
 
 def tinygpt(*arguments: str) -> str:
     """Run the command line; its standard output. Ends the program where it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     done = subprocess.run([sys.executable, "-m", "tinygpt", *arguments], stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"tinygpt {' '.join(arguments)} ended with status {done.returncode}")
@@ -335,7 +335,7 @@ def tinygpt(*arguments: str) -> str:
 
 
 def session_bytes(folder: str) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     done = subprocess.run([sys.executable, "-c", _SESSION_BYTES, folder], stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return int(done.stdout)
 
