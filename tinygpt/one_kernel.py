@@ -16,12 +16,13 @@ from tinygpt.ir.plan import Buffer, Entry, Launch, Plan
 from tinygpt.ir.types import PointerType, TensorType, VectorType
 from tinygpt.lowering import pipeline
 from tinygpt.lowering.memory import plan as plan_memory
+from tinygpt.lowering.optimizer import Layout
 from tinygpt.targets import Target
 
 # A manifest is that of a model: no weights, one token, no settings.
 _ATTRS = {
     "config": {"vocab_size": 1}, "batch": 1, "context": 1, "training": {},
-    "layout": {"places": {}, "decaying": 0, "size": 0, "pieces": ()}, "inits": {},
+    "layout": Layout({}, 0, 0, ()).attrs, "inits": {},
 }  # fmt: skip
 
 # Of the peak: 12 chains fill two units of four cycles' latency and fit 16 registers; a run lasts about a millisecond.
