@@ -80,9 +80,9 @@ class _WatchedServer(BundleServer):
         return content + WATCH.encode() if content is not None and name in (PAGE, CHECK) else content
 
 
-def page_result(bundle: Bundle, query: str, profile: Path) -> dict[str, Any]:
+def page_result(bundle: Bundle, query: str, profile: Path, timeout: float = 120) -> dict[str, Any]:
     """Open a bundle's page in headless Chromium; its result once it is done. `profile` is a folder for the browser."""
-    return _result(bundle, f"{PAGE}?{query}", profile, "")
+    return _result(bundle, f"{PAGE}?{query}", profile, "", timeout)
 
 
 def script_result(bundle: Bundle, script: str, profile: Path) -> Any:
