@@ -153,3 +153,10 @@ def test_no_buffer_holds_a_square_of_the_context(target: str, tmp_path: Path) ->
     buffers = [op.results[0].type for f in lowered.functions.values() for op in f.body.ops if op.name == "buffer"]
     assert buffers
     assert [str(t) for t in buffers if t.size % context**2 == 0] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiling_twice_gives_the_same_bytes(target: str) -> None:
+    """Whatever order a set of objects has today."""
+    config = config_of(head_width=12, n_heads=2, n_layers=1, d_mlp=20, context_length=9, vocab_size=30)
+    assert len({tg.compile(config, target=target, batch=2).manifest.digest for _ in range(3)}) == 1

@@ -164,7 +164,7 @@ def _turns(
     by native code and, where another engine runs the bundle, by a module in it (which may fall short of the machine)."""
     program = peak.program(*_peak_settings(caps, strict))
     module, inside = None, None
-    if HOST in host_files(device.name):
+    if caps.strategy == "cpu" and HOST in host_files(device.name):
         module = one_kernel.peak(_folder(stack) / "peak", device, replace(caps, fma=caps.fma and not strict))
         inside = _in_engine(_PEAK, _kernel_spec(module, threads), device, engine, stack)
     best: dict[str, float] = {}

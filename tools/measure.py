@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500, help="of learning")
     parser.add_argument("--rounds", type=int, default=2, help="of gpu: turns that each contestant gets")
+    parser.add_argument("--against", default=",".join(CUDA_RIVALS), help="of gpu: the rivals")
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
     if options.what == "gpu":
@@ -276,7 +277,7 @@ def browser_losses(folder: Path, threads: int) -> list[float]:
 
 def gpu_steps(options: argparse.Namespace) -> str:
     """A row for each preset: a whole training step on WebGPU, and PyTorch's on CUDA in the same minutes."""
-    command = ["bench", "--target", "wgsl", "--against", ",".join(CUDA_RIVALS), "--rounds", str(options.rounds), "--json"]
+    command = ["bench", "--target", "wgsl", "--against", options.against, "--rounds", str(options.rounds), "--json"]
     rows = records("gpu", [[*command, preset] for preset in options.presets or ("tiny", "small", "medium", "large", "xl", "huge", "massive", "mega")])
     cells = [
         (row["config"], f"{row['ms']:.3f}", f"{row['gflops'] / 1e3:.2f}", *(f"{row['rivals'][n]:.3f} ({row['ratios'][n]:.2f}×)" if n in row["rivals"] else "" for n in CUDA_RIVALS))

@@ -120,8 +120,9 @@ class Analysis:
             case "splat":
                 self.splats[op.result] = op.operands[0]
 
-    def _count(self, region: Region) -> set[Value]:
-        """Uses and last uses of values, walking from the end. Returns what the region reads."""
+    def _count(self, region: Region) -> list[Value]:
+        """Uses and last uses of values, walking from the end. Returns what the region reads, in an order that depends on the
+        region alone, because locals are given back in it."""
         last: dict[Value, int] = {}
 
         def read(value: Value, position: int) -> None:
@@ -144,7 +145,7 @@ class Analysis:
                 for value in self._count(inner):
                     last.setdefault(value, position)
         self.last[region] = last
-        return set(last)
+        return list(last)
 
     def _index(self, region: Region) -> None:
         counter: Counter[Request] = Counter()
