@@ -239,8 +239,19 @@ def apply_step(plan: Layout, pools: Mapping[str, Parameter], training: Mapping[s
     """The second half of a training step: clip the given gradients and take an AdamW step."""
     scalars, g = _scalar_inputs(), GraphBuilder()
     gradients = [Value(TensorType("f32", (b - a,)), name) for name, (a, b) in zip(plan.names("gradients"), plan.pieces, strict=True)]
-    norm, updates = clipped_adamw(g, gradients, scalars, plan, pools, training)
+    whole = [_without_gaps(g, piece, n, plan) for n, piece in enumerate(gradients)]
+    norm, updates = clipped_adamw(g, whole, scalars, plan, pools, training)
     return Function("apply", Region((*scalars.values(), *gradients), tuple(g.ops), (norm,)), updates, ("grad_norm",))
+
+
+def _without_gaps(g: GraphBuilder, piece: Value, number: int, plan: Layout) -> Value:
+    """A piece of the gradients that hosts wrote weight by weight: what lies between two weights holds anything until it is
+    packed again, and would count in the norm."""
+    start, stop = plan.pieces[number]
+    parts = sorted((a - start, b - start) for name in plan.places for n, a, b in plan.parts(name) if n == number)
+    if parts and all(b == a for (_, b), (a, _) in zip([(0, 0), *parts], [*parts, (stop - start, 0)], strict=True)):
+        return piece
+    return g("pack", *(g("slice", piece, axis=0, start=a, stop=b) for a, b in parts), offsets=tuple(a for a, _ in parts), size=stop - start)
 
 
 def clipped_adamw(
