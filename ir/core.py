@@ -78,7 +78,8 @@ class Parameter:
 
     @property
     def type(self) -> TensorType:
-        return self.value.type  # type: ignore[no-any-return]
+        found: TensorType = self.value.type
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

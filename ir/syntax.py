@@ -204,7 +204,8 @@ class _Tree(Transformer[Token, Any]):
     operands = types = typed_values = results = buffers = grid = values
 
     def returned(self, parts: list[Any]) -> list[Token]:
-        return parts[0]  # type: ignore[no-any-return]
+        found: list[Token] = parts[0]
+        return found
 
     yielded = returned
 

@@ -119,7 +119,8 @@ class SegmentLowering(CpuValues):
     def domain(self, item: Item) -> tuple[Dim | None, Dim | None]:
         """The axes an item runs over."""
         source = item.op.operands[0] if item.kind == "reduce" and item.op else item.value
-        return source.type.dims  # type: ignore[no-any-return]
+        dims: tuple[Dim | None, Dim | None] = source.type.dims
+        return dims
 
     def level_of(self, value: Value) -> int:
         if value not in self.levels:
