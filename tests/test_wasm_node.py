@@ -43,6 +43,25 @@ def without_speed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
 
 
+def test_a_checkpoint_whose_arrays_lie_behind_4_gib_resumes_in_node(tmp_path: Path) -> None:
+    folder, saved = made(tmp_path), tmp_path / "saved.safetensors"
+    trained(folder, "--out", saved)
+    small = saved.read_bytes()
+    length = int.from_bytes(small[:8], "little")
+    header = json.loads(small[8 : 8 + length])
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["data_offsets"] = [at + (1 << 32) for at in entry["data_offsets"]]
+    text = json.dumps(header).encode()
+    with (tmp_path / "far.safetensors").open("wb") as far:  # a hole takes no room on the disk
+        far.write(len(text).to_bytes(8, "little") + text)
+        far.seek(1 << 32, 1)
+        far.write(small[8 + length :])
+    rows = [trained(folder, "--resume", path, "--steps", str(STEPS + 1))[-1:] for path in (saved, tmp_path / "far.safetensors")]
+    assert rows[0][0]["step"] == STEPS + 1
+    assert without_speed(rows[0]) == without_speed(rows[1])
+
+
 @pytest.mark.parametrize("profile", ["wasm32-threads-relaxed-v8", "wasm64-threads-relaxed-v8", "wasm64-v8"])
 def test_node_and_python_train_alike_and_share_checkpoints(profile: str, tmp_path: Path) -> None:
     folder = made(tmp_path, profile)

@@ -5,10 +5,9 @@
 //   const text = await session.generate("ROMEO:", 100, { temperature: 0.8, topK: 40, seed: 1 });
 //
 // The same seed gives the same weights and batches as every other target; checkpoints are those of the Python runtime.
-// Sizes and offsets are plain numbers below 2^53; BigInt appears where the WebAssembly API wants it, and for 64-bit seeds.
+// Sizes are plain numbers below 2^53; BigInt is for the WebAssembly API and 64-bit seeds.
 //
-// Threads share one memory, which browsers give to pages served with `Cross-Origin-Opener-Policy: same-origin` and
-// `Cross-Origin-Embedder-Policy: require-corp`; elsewhere one thread runs.
+// Threads share a memory, which browsers give to cross-origin isolated pages; elsewhere one thread runs.
 
 const node = globalThis.process?.versions?.node ? (name) => process.getBuiltinModule(`node:${name}`) : null;
 const WORKER = "tinygpt-worker";
@@ -18,14 +17,14 @@ const MAX_THREADS = 64;
 const CHUNK = 1 << 24; // bytes of a checkpoint held at a time
 const AGAIN = "compile the bundle again: tinygpt compile CONFIG --target T --out DIR";
 
-// Words of the first page by which threads meet, as indices of an Int32Array.
+// Words of the first page (an Int32Array) by which threads meet.
 const POSTED = 16, ENTRY = 17, FINISHED = 64;
 
-// Element types: their arrays and their names in numpy; in safetensors they are in capitals.
+// Element types: arrays, and names in numpy; safetensors has them in capitals.
 const ARRAYS = { f32: Float32Array, i32: Int32Array, u32: Uint32Array, bool: Uint8Array };
 const NUMPY = { f32: "<f4", i32: "<i4", u32: "<u4", bool: "|b1" };
 
-/** Something outside the runtime is wrong: the bundle, a file, the device. `hint` is the next step. */
+/** The bundle, a file or the device is wrong. `hint` is the next step. */
 export class UserError extends Error {
   constructor(message, hint = "") {
     super(message);
@@ -34,7 +33,7 @@ export class UserError extends Error {
   }
 }
 
-/** The loss or the gradient norm is not a finite number: the weights in memory are of no more use. */
+/** The loss or the gradient norm is not finite: the weights in memory are of no more use. */
 export class DivergedError extends UserError {}
 
 // ---- opening
@@ -79,7 +78,7 @@ function reader(source) {
   };
 }
 
-/** A file of the bundle, if its content is what the manifest's hash says. */
+/** A file of the bundle, if the manifest has its hash. */
 async function checkedFile(files, manifest, name) {
   const bytes = Object.hasOwn(manifest.files, name) ? await files(name) : null;
   if (!bytes || sha256(bytes) !== manifest.files[name]) {
@@ -88,8 +87,7 @@ async function checkedFile(files, manifest, name) {
   return bytes;
 }
 
-// A manifest is hostile until validated: every number that becomes an address is checked once, here and by the engine's
-// `places`, which says at what address each pool begins.
+// A manifest is hostile until validated: every number that becomes an address is checked, here and by the engine's `places`.
 
 function validated(m, placesOf) {
   const require = (fine, what, value) => {
@@ -319,7 +317,7 @@ function unshared(bytes) {
   return copy;
 }
 
-/** The whole life of a worker: serve what is posted on the shared memory. */
+/** A worker's whole life: serve what is posted. */
 function serve({ module, memory, thread, threads }, tell) {
   const { exports } = new WebAssembly.Instance(module, { env: { memory } });
   tell({ ready: true });
@@ -576,7 +574,7 @@ export class Session {
     return new ARRAYS[slot.dtype]((await this.engine.read(slot)).buffer);
   }
 
-  /** Run a function; the arrays of the outputs that are named. */
+  /** Run a function; the arrays of the named outputs. */
   async #run(name, inputs, ...outputs) {
     const f = this.functions[name];
     const slots = outputs.map((output) => f?.out[output]);
@@ -610,7 +608,7 @@ export class Session {
     throw new DivergedError(`${what} became ${value} after ${this.step} steps`, "load an earlier checkpoint and lower lr");
   }
 
-  /** Powers by repeated multiplication, as a run from the start would have them: resuming changes no bit. */
+  /** Powers by repeated multiplication, as a run from the start has them. */
   #setStep(step) {
     this.step = step;
     this.#powers = [power(this.training.beta1, step), power(this.training.beta2, step)];
@@ -627,7 +625,7 @@ function power(base, exponent) {
   return value;
 }
 
-/** The largest difference between two arrays, infinite where only one is a number. */
+/** The largest difference of two arrays, infinite where one alone is a number. */
 function furthest(found, wanted) {
   const apart = (x, i) => (Object.is(x, wanted[i]) ? 0 : Math.abs(x - wanted[i]));
   return found.reduce((most, x, i) => Math.max(most, Number.isNaN(apart(x, i)) ? Infinity : apart(x, i)), 0);
@@ -738,7 +736,7 @@ function uniform(key, counter) {
   return (high * 2 ** 21 + (low >>> 11)) * 2 ** -53;
 }
 
-/** The token that a draw in [0, 1) picks: temperature, then topK, then topP; among equal scores the lower id goes first. */
+/** The token that a draw in [0, 1) picks: temperature, then topK, then topP; of equal scores the lower id goes first. */
 function sample(scores, { temperature, topK, topP }, draw) {
   const peak = scores.reduce((a, b) => (a > b || Number.isNaN(a) ? a : b));
   if (!Number.isFinite(peak)) throw new DivergedError("the logits are not finite numbers", "use an earlier checkpoint");
@@ -767,7 +765,7 @@ function utf8(text) {
   return new TextEncoder().encode(text);
 }
 
-/** What a checkpoint's hash has before an array: name, type and shape, as Python writes them. */
+/** What a checkpoint's hash has before an array, as Python writes it. */
 function hashedName({ name, dtype, shape }) {
   return `\0${name}|${NUMPY[dtype]}|(${shape.join(", ")}${shape.length === 1 ? "," : ""})\0`;
 }
@@ -777,10 +775,18 @@ async function blobOf(source) {
   if (source instanceof Blob) return source;
   if (!node) throw new UserError("a checkpoint is a Blob, a File or bytes here", "read it from an <input type=file>");
   try {
-    return await node("fs").openAsBlob(source);
+    const file = node("fs").openSync(source), { size } = node("fs").fstatSync(file);
+    return { size, slice: (begin, end) => ({ arrayBuffer: () => partOf(file, begin, Math.min(end, size)) }) };
   } catch {
     throw new UserError(`checkpoint ${source} cannot be read`, "give the file that a run saved");
   }
+}
+
+/** A part of an open file. Node's openAsBlob counts bytes in 32 bits. */
+function partOf(file, begin, end) {
+  const bytes = new Uint8Array(end - begin);
+  for (let at = 0, n = 1; n; at += n) n = node("fs").readSync(file, bytes, at, bytes.length - at, begin + at);
+  return bytes.buffer;
 }
 
 async function bytesOf(blob, begin, end) {
@@ -791,7 +797,7 @@ async function readChunks(blob, { begin, end }, use) {
   for (let at = begin; at < end; at += CHUNK) use(await bytesOf(blob, at, Math.min(at + CHUNK, end)), at - begin);
 }
 
-/** The tensors of a safetensors file, with where they begin and end, and its metadata. */
+/** A safetensors file's tensors, with where they lie, and its metadata. */
 async function tensorsOf(blob, what) {
   const refuse = (problem) => new UserError(`${what}: ${problem}`, "use another file");
   const start = await bytesOf(blob, 0, 8);
@@ -842,7 +848,7 @@ class Sha256 {
   static #fractions() {
     const primes = [];
     for (let n = 2; primes.length < 64; n++) if (primes.every((p) => n % p)) primes.push(n);
-    const bits = (root) => ((root - Math.floor(root)) * 2 ** 32) | 0;
+    const bits = (root) => ((root % 1) * 2 ** 32) | 0;
     const rounds = Int32Array.from(primes, (p) => bits(Math.cbrt(p)));
     return { initial: primes.slice(0, 8).map((p) => bits(Math.sqrt(p))), rounds };
   }
