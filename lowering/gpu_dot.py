@@ -2,8 +2,9 @@
 
 Both operands lie there k-major: the left one as [k][row], the right one as [k][column], so that a thread reads vectors
 of four consecutive rows and columns and adds their outer product to its register block. A free operand is computed
-while it is staged, slice by slice; where its elements lie one after another along k in memory, squares of four by four
-are transposed in registers. A placed operand, a product's result say, is written whole by the threads that hold it.
+while it is staged, slice by slice; where its elements lie one after another along k in memory, neighbouring threads read
+along k, and squares of four by four are transposed in registers. Their columns go to the same few banks of workgroup
+memory, so lines are rotated, each four of k further than the four before. A placed operand, a product's result say, is written whole by the threads that hold it.
 Rows and columns of outputs beyond their axis may hold anything, as they are never stored; beyond the end of the
 contraction operands are zero."""
 
@@ -21,14 +22,16 @@ from tinygpt.lowering.gpu_memory import Piece, WorkgroupLowering
 from tinygpt.lowering.gpu_values import WIDTH
 
 SLICE = 16  # of the contraction, staged at a time
-UNROLL = 8  # of the contraction loop
+UNROLL = 16  # of the contraction loop
+BANKS = 8  # vectors of four that workgroup memory moves at once
 FETCHED_AHEAD = 8  # vectors of the next slice a thread holds while it works on this one
 UNROLLED_COPIES = 4  # vectors of a slice a thread copies without a loop
 
 
 @dataclass(frozen=True)
 class Staged:
-    """An operand in workgroup memory: element (k, x) at k*pitch + x. `whole`: all of the contraction, not a slice."""
+    """An operand in workgroup memory: element (k, x) at k*pitch + x, but for lines that are rotated, by `turn` vectors
+    more for each four of k. `whole`: all of the contraction, not a slice."""
 
     value: Value
     piece: Piece
@@ -36,16 +39,31 @@ class Staged:
     dim: Dim  # the axis that is not contracted
     axis: int  # which axis of the operand that is
     whole: bool
+    turn: int = 0
+
+    def at(self, k: Index, x: Index) -> Index:
+        """Where element (k, x) lies."""
+        if not self.turn:
+            return k * self.pitch + x
+        return k * self.pitch + (x // WIDTH + k // WIDTH * self.turn) % (self.pitch // WIDTH) * WIDTH
 
 
 @dataclass(frozen=True)
 class Copy:
-    """How a slice reaches workgroup memory: in units of one vector along the output, or, `turned`, of squares of four
-    vectors along the contraction. `across` of them lie side by side along the output."""
+    """How a slice reaches workgroup memory: in units of one vector along the output, `across` of them side by side, or,
+    `turned`, of squares of four vectors, `along` of them one after another along the contraction."""
 
     turned: bool
     across: int
-    units: int
+    along: int
+
+    @property
+    def units(self) -> int:
+        return self.across * self.along
+
+    def place(self, unit: Index) -> tuple[Index, Index]:
+        """Which unit along the contraction and which along the output: neighbours lie side by side in memory."""
+        return (unit % self.along, unit // self.along) if self.turned else (unit // self.across, unit % self.across)
 
 
 class DotLowering(WorkgroupLowering):
@@ -65,7 +83,7 @@ class DotLowering(WorkgroupLowering):
         keys = self.keys(op.result.type)
         starts = [self.vector(acc, key) for key in keys]
         streamed = [operand for operand in (left, right) if not operand.whole]
-        ahead = [operand for operand in streamed if slices > 1 and self.can_fetch_ahead(operand, inner, depth)]
+        ahead = [operand for operand in streamed if slices > 1 and self.can_fetch_ahead(operand, depth)]
 
         def fetched(s: Index) -> list[Value]:
             return [x for operand in ahead for x in self.fetch(operand, inner, s * depth, depth)]
@@ -74,7 +92,7 @@ class DotLowering(WorkgroupLowering):
             sums, mine = carried[: len(keys)], list(carried[len(keys) :])
             for operand in streamed:
                 if operand in ahead:
-                    mine = self.commit(operand, inner, depth, mine)
+                    mine = self.commit(operand, depth, mine)
                 else:
                     self.stage(operand, inner, s * depth, depth)
             self.will_read(left.piece, right.piece)
@@ -94,7 +112,8 @@ class DotLowering(WorkgroupLowering):
         else:
             pitch, lanes = self.layout.padded_cols(dim), self.layout.width(dim)
         piece = self.piece(depth * (slices if whole else 1) * pitch, lanes, "left" if axis == 0 else "right")
-        return Staged(value, piece, pitch, dim, axis, whole)
+        turned = not whole and self.is_turned(value, lanes, axis, depth)
+        return Staged(value, piece, pitch, dim, axis, whole, max(1, BANKS * WIDTH // depth) if turned else 0)
 
     # -- a placed operand
     def write_whole(self, to: Staged, inner: Dim, extent: int) -> None:
@@ -139,32 +158,33 @@ class DotLowering(WorkgroupLowering):
             self.when(conditions, write)
 
     # -- a free operand
-    def copy(self, to: Staged, inner: Dim, depth: int) -> Copy:
+    def is_turned(self, value: Value, lanes: int, axis: int, depth: int) -> bool:
+        """Whether an operand's elements lie one after another along the contraction, and can be read so."""
+        inner = value.type.dims[1 - axis]
+        return lanes == WIDTH and self.contiguous_axis(value) != axis and self.layout.width(inner) == WIDTH and depth % WIDTH == 0
+
+    def copy(self, to: Staged, depth: int) -> Copy:
         """How a slice is dealt to the threads."""
-        lanes = to.piece.lanes
-        along_inner = self.contiguous_axis(to.value) != to.axis
-        turned = lanes == WIDTH and along_inner and self.layout.width(inner) == WIDTH and depth % WIDTH == 0
-        across = to.pitch // lanes
-        return Copy(turned, across, across * (depth // WIDTH if turned else depth))
+        return Copy(to.turn > 0, to.pitch // to.piece.lanes, depth // WIDTH if to.turn else depth)
 
     def units(self, copy: Copy) -> list[tuple[Index, bool]]:
         """The units of a slice that a thread copies, and for each whether some threads have none."""
         threads = self.layout.threads
         return [(Index.variable("thread") + first, copy.units - first < threads) for first in range(0, copy.units, threads)]
 
-    def can_fetch_ahead(self, to: Staged, inner: Dim, depth: int) -> bool:
+    def can_fetch_ahead(self, to: Staged, depth: int) -> bool:
         """Whether a thread's part of the next slice fits registers while it works on this one."""
-        copy = self.copy(to, inner, depth)
+        copy = self.copy(to, depth)
         return len(self.units(copy)) * (WIDTH if copy.turned else 1) <= FETCHED_AHEAD
 
     def fetch(self, to: Staged, inner: Dim, first: Index, depth: int) -> list[Value]:
         """Compute the thread's part of a slice: elements `first` to `first + depth` of the contraction."""
-        copy = self.copy(to, inner, depth)
+        copy = self.copy(to, depth)
         return [x for unit, _ in self.units(copy) for x in self.unit_elements(to, copy, inner, first, unit)]
 
-    def commit(self, to: Staged, inner: Dim, depth: int, fetched: list[Value]) -> list[Value]:
+    def commit(self, to: Staged, depth: int, fetched: list[Value]) -> list[Value]:
         """Write what was fetched to workgroup memory; returns what is left of it, for the other operand."""
-        copy = self.copy(to, inner, depth)
+        copy = self.copy(to, depth)
         self.will_write(to.piece)
         for unit, is_partial in self.units(copy):
             count = WIDTH if copy.turned else 1
@@ -176,7 +196,7 @@ class DotLowering(WorkgroupLowering):
     def stage(self, to: Staged, inner: Dim, first: Index, depth: int) -> None:
         """Compute a slice of a free operand straight into workgroup memory."""
         self.will_write(to.piece)
-        copy = self.copy(to, inner, depth)
+        copy = self.copy(to, depth)
 
         def move(unit: Index) -> None:
             self.write_unit(to, copy, unit, self.unit_elements(to, copy, inner, first, unit))
@@ -194,8 +214,8 @@ class DotLowering(WorkgroupLowering):
 
     def unit_elements(self, to: Staged, copy: Copy, inner: Dim, first: Index, unit: Index) -> list[Value]:
         """One vector of a slice, or the four along the contraction of a square."""
-        lanes = to.piece.lanes
-        x, k = unit % copy.across * lanes, unit // copy.across * (WIDTH if copy.turned else 1)
+        lanes, (line, column) = to.piece.lanes, copy.place(unit)
+        x, k = column * lanes, line * (WIDTH if copy.turned else 1)
         axis, width = (1 - to.axis, WIDTH) if copy.turned else (to.axis, lanes)
         found = []
         for n in range(WIDTH if copy.turned else 1):
@@ -205,13 +225,13 @@ class DotLowering(WorkgroupLowering):
         return found
 
     def write_unit(self, to: Staged, copy: Copy, unit: Index, elements: Sequence[Value]) -> None:
-        x = unit % copy.across * to.piece.lanes
+        line, column = copy.place(unit)
+        x = column * to.piece.lanes
         if not copy.turned:
-            self.b.store(to.piece.pointer, elements[0], unit // copy.across * to.pitch + x)
+            self.b.store(to.piece.pointer, elements[0], to.at(line, x))
             return
         for u in range(WIDTH):
-            column = self.b.join([self.b.extract(v, u) for v in elements])
-            self.b.store(to.piece.pointer, column, (unit // copy.across * WIDTH + u) * to.pitch + x)
+            self.b.store(to.piece.pointer, self.b.join([self.b.extract(v, u) for v in elements]), to.at(line * WIDTH + u, x))
 
     def limited(self, last: int, body: Callable[[], None]) -> None:
         """Lower `body` knowing that only the threads up to `last` run it."""
@@ -228,25 +248,25 @@ class DotLowering(WorkgroupLowering):
         rows, vectors = self.layout.rows(left.dim), self.layout.vectors(right.dim)
         unroll = gcd(UNROLL, depth)
 
-        def step(k: Index, *totals: Value) -> list[Value]:
+        def step(trip: Index, *totals: Value) -> list[Value]:
             now = list(totals)
-            for u in range(unroll):
-                column = self.left_column(left, firsts[0] + k + u, rows)
+            for k in (trip * unroll + u for u in range(unroll)):
+                column = self.left_column(left, firsts[0] + k, rows)
                 row = [
-                    self.b.load(right.piece.pointer, (firsts[1] + k + u) * right.pitch + self.layout.col(right.dim, v), right.piece.lanes, hint="y")
+                    self.b.load(right.piece.pointer, right.at(firsts[1] + k, self.layout.col(right.dim, v)), right.piece.lanes, hint="y")
                     for v in range(vectors)
                 ]
                 now = [self.b.primitive("fma", [column[n // vectors], row[n % vectors], total]) for n, total in enumerate(now)]
             return now
 
-        return self.loop(0, depth, unroll, step, sums, stem="k")
+        return self.loop(0, depth // unroll, 1, step, sums, stem="k")
 
     def left_column(self, left: Staged, k: Index, rows: int) -> list[Value]:
         """The thread's rows of the left operand at one k."""
         lanes = left.piece.lanes
         found: list[Value] = []
         for r in range(0, rows, lanes):
-            x = self.b.load(left.piece.pointer, k * left.pitch + self.layout.row(left.dim, r), lanes, hint="x")
+            x = self.b.load(left.piece.pointer, left.at(k, self.layout.row(left.dim, r)), lanes, hint="x")
             found += [self.b.extract(x, n) for n in range(lanes)]
         return found
 

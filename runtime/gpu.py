@@ -7,6 +7,7 @@ in one piece. A profile gives each launch a pass of its own, with the device's c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ _GRID = "max-compute-workgroups-per-dimension"
 _MOST_WORKGROUPS = 65535  # where a bundle does not ask for more
 _CLOCK = "timestamp-query"  # asked for where the device has it: it costs nothing until a profile is taken
 _TIMED_LAUNCHES = 2048  # of a set of queries: two each, and a set has at most 4096
+_WARM_UP = 0.5  # seconds of work before launches are timed
 _SMALL_RESULT = 64  # bytes; results up to here are copied into the staging buffer that is read after a run
 
 
@@ -219,6 +221,7 @@ class GpuEngine:
                 hint="profile it on another driver, or time whole steps: tinygpt bench CONFIG --target wgsl",
             )
         launches = self._launches(function)
+        self._warm_up(function)
         counts = [2 * min(_TIMED_LAUNCHES, len(launches) - first) for first in range(0, len(launches), _TIMED_LAUNCHES)]
         clocks = [self._device.create_query_set(type="timestamp", count=count) for count in counts]
         usage = self._wgpu.BufferUsage.QUERY_RESOLVE | self._wgpu.BufferUsage.COPY_SRC
@@ -241,11 +244,20 @@ class GpuEngine:
         readings.destroy()
         return laps * _seconds_per_tick(self._device)
 
+    def _warm_up(self, function: str) -> None:
+        """Keep the device busy until its clock is up: an idle card runs at a fraction of it."""
+        began = time.perf_counter()
+        while time.perf_counter() - began < _WARM_UP:
+            self.run(function)
+            self.read(self._manifest.functions[function].outputs[0])
+
     def close(self) -> None:
         pools, self._pools = self._pools, {}
         self._ready, self._pipelines, self._ahead = {}, {}, {}
         for pool in [*pools.values(), *self._staging.values()]:
             pool.destroy()
+        self._staging = {}
+        self._device.destroy()
 
     def _launches(self, function: str) -> list[Command]:
         """A function's launches, prepared when it is asked for first. Raises UserError naming a kernel."""

@@ -7,6 +7,7 @@ has CUDA, what it takes for the same stands beside it, in float32 without TF32."
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
@@ -74,29 +75,37 @@ def ours(made: Module) -> float:
     files = emit(plan, {}, PROFILE, False)
     record = target_record(plan, PROFILE)
     launches = record["functions"]["f"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
         (Path(folder) / "kernels").mkdir()
         for name, text in files.items():
             (Path(folder) / name).write_text(text)
-        few = repeated(Path(folder), record, plan.pools, files, launches, FEW)
+
+        def repeated(times: int) -> Callable[[], float]:
+            return repetition(opened, Path(folder), record, plan.pools, files, launches * times)
+
+        few = repeated(FEW)
         count = max(FEW, int(SECONDS / max(few() / FEW, 1e-6)))
-        many = repeated(Path(folder), record, plan.pools, files, launches, FEW + count)
+        many = repeated(FEW + count)
         began = time.perf_counter()
         while time.perf_counter() - began < WARM_UP:
             many()
         return slope(few, many, count)
 
 
-def repeated(folder: Path, record: dict[str, Any], pools: dict[str, int], files: dict[str, str], launches: list[Any], times: int) -> Callable[[], float]:
-    """A function that runs the launches so often in one submit, and returns the seconds until they are done."""
+def repetition(
+    opened: contextlib.ExitStack, folder: Path, record: dict[str, Any], pools: dict[str, int], files: dict[str, str], launches: list[Any]
+) -> Callable[[], float]:
+    """A function that runs the launches in one submit, and returns the seconds until they are done; its engine is open as
+    long as `opened`."""
     probe = Slot("probe", (1,), "f32", next(pool for pool, size in pools.items() if size), 0)
     own = json.dumps(record).encode()
     trust.remember(own)
     manifest = Manifest(
         name="kernels", strict=False, config=None, batch=1, context=1, vocab_size=1, training={}, pools=pools, parameters=(), kernels={}, golden={},
-        target={**record, "functions": {"f": launches * times}}, functions={"f": FunctionEntry("f", (), (probe,), tuple(launches * times))}, files=dict.fromkeys(files, ""), digest=trust.digest(own),
+        target={**record, "functions": {"f": launches}}, functions={"f": FunctionEntry("f", (), (probe,), tuple(launches))}, files=dict.fromkeys(files, ""), digest=trust.digest(own),
     )  # fmt: skip
     engine = GpuEngine(folder, manifest, None)
+    opened.callback(engine.close)
 
     def run() -> float:
         began = time.perf_counter()

@@ -362,7 +362,7 @@ class KernelPrinter:
         left, right = self.index(atom.left), self.index(atom.right)
         if atom.op in ("min", "max"):
             return f"{atom.op}({left}, {right})"
-        text = f"{left if left.isidentifier() else f'({left})'} {atom.op[0]} {right}"
+        text = f"{left if left.isidentifier() else f'({left})'} {divided(atom) or f'{atom.op[0]} {right}'}"
         names = atom.left.variables() | atom.right.variables()
         if names <= {"thread", *self.kernel.grid}:
             if text not in self.heads:
@@ -376,6 +376,14 @@ def local_reads(region: Region) -> set[Value]:
     own = {r for op in region.ops for r in op.results}
     found = own & ({v for op in region.ops for v in op.operands if not op.regions} | set(region.yields))
     return found.union(*(local_reads(r) for op in region.ops for r in op.regions))
+
+
+def divided(atom: Compound) -> str:
+    """Division by a power of two as the shift, its remainder as the mask that it is; empty for other divisors."""
+    n = atom.right.constant
+    if not atom.right.is_constant or n <= 0 or n & (n - 1):
+        return ""
+    return f">> {n.bit_length() - 1}" if atom.op == "//" else f"& {n - 1}"
 
 
 def head_name(atom: Compound) -> str:
