@@ -7,6 +7,7 @@ and an op may join a group only if everything else it reads comes from groups be
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tinygpt.ir.caps import Caps
@@ -34,35 +35,37 @@ class Fuse(Pass):
     """Replace the ops of every function by `group` ops with a region, in the order in which kernels will run."""
 
     name = "fuse"
-    max_inputs: int = 12  # buffers a group may read: a binding each on a GPU
+    max_buffers: int = 16  # that a group may read and write: a binding each on a GPU, which may allow fewer
 
     def run(self, module: Module, caps: Caps) -> Module:
-        inputs = min(self.max_inputs, caps.bindings - 3) if caps.bindings else self.max_inputs
-        return module.map_functions(lambda f: Fusion(f, inputs, caps.bindings).fused())
+        buffers = min(self.max_buffers, caps.bindings or self.max_buffers)
+        states = {p.name: p.value for p in module.parameters.values()}
+        return module.map_functions(lambda f: Fusion(f, buffers, states).fused())
 
 
 class Fusion:
     """The state of fusing one function."""
 
-    def __init__(self, function: Function, max_inputs: int, bindings: int) -> None:
-        self.function, self.max_inputs, self.bindings = function, max_inputs, bindings
+    def __init__(self, function: Function, max_buffers: int, states: Mapping[str, Value]) -> None:
+        self.function, self.max_buffers = function, max_buffers
+        self.overwrites = {update: states[name] for name, update in function.updates.items()}
         self.made = {r: op for op in function.body.ops for r in op.results}
         self.users: dict[Value, list[Op]] = {}
         for op in function.body.ops:
             for v in op.operands:
                 self.users.setdefault(v, []).append(op)
+        self.kept = {*function.body.yields, *function.updates.values()}
         self.group_of: dict[Value, Group] = {}
         self.groups: list[Group] = []
         self.pending: dict[Value, Op] = {}  # pointwise ops that wait to be computed where they are read
 
     def fused(self) -> Function:
-        kept = set(self.function.body.yields) | set(self.function.updates.values())
         for op in self.function.body.ops:
             kind = OPS[op.name].kind
             if kind == "view" or is_source(op):
                 continue
             if kind == "pointwise":
-                self.place_pointwise(op, op.result in kept)
+                self.place_pointwise(op, op.result in self.kept)
             else:
                 self.place_root(op, kind)
         for op in list(self.pending.values()):
@@ -106,15 +109,15 @@ class Fusion:
                 last = max(last, self.group_of[source].order)
         return last
 
-    def inputs(self, ops: list[Op]) -> int:
-        inside = {r for op in ops for r in op.results}
-        return len({self.origin(v) for op in ops for v in op.operands if v not in inside and not constant_source(self.made, v)})
-
-    def bound(self, ops: list[Op]) -> int:
-        """How many buffers ops read and write, if nothing else joins them."""
-        made = [r for op in ops for r in op.results]
-        read = {v for op in ops for v in op.operands if v not in made and not constant_source(self.made, v)}
-        return len(read) + sum(r not in self.users or any(u not in ops for u in self.users[r]) for r in made)
+    def fits(self, ops: Sequence[Op]) -> bool:
+        """Whether a group of these ops and what waits to be computed in it reads and writes few enough buffers."""
+        whole = list(ops)
+        for op in whole:
+            whole += [self.pending[v] for v in op.operands if v in self.pending and self.pending[v] not in whole]
+        made = {r for op in whole for r in op.results}
+        read = {v for op in whole for v in op.operands if v not in made and not constant_source(self.made, v)}
+        written = [r for r in made if r in self.kept or r not in self.users or any(u not in whole for u in self.users[r])]
+        return len(read) + sum(self.overwrites.get(r) not in read for r in written) <= self.max_buffers
 
     # -- placing ops
     def add(self, group: Group, op: Op) -> None:
@@ -141,7 +144,7 @@ class Fusion:
         host = self.host_for(op)
         computable = not is_result and self.is_computed_operand(op)
         summed = computable and OPS[self.users[op.result][0].name].kind == "columns"
-        if host is not None and self.inputs([*host.ops, op]) <= self.max_inputs and not summed:
+        if host is not None and not summed:
             self.add(host, op)
             return
         if computable:
@@ -160,9 +163,8 @@ class Fusion:
             g for g in reversed(self.groups[-8:]) if op.operands and any(op.operands[0] in o.operands and OPS[o.name].kind == "pointwise" for o in g.ops)
         ]
         for group in sorted(set(direct), key=lambda g: -g.order) + siblings:
-            if self.bindings and self.bound([*group.ops, op]) > self.bindings:
-                continue
-            if not self.is_stale(group) and self.fits(group, shape, op) and self.latest(op, without=group) < group.order:
+            belongs = not self.is_stale(group) and self.runs_over(group, shape, op) and self.latest(op, without=group) < group.order
+            if belongs and self.fits([*group.ops, op]):
                 return group
         return None
 
@@ -177,7 +179,8 @@ class Fusion:
         """Whether so much ran since a group that what is computed there now would have to be kept for long."""
         return group.order < len(self.groups) - RECENT
 
-    def fits(self, group: Group, shape: tuple[int, ...], op: Op) -> bool:
+    def runs_over(self, group: Group, shape: tuple[int, ...], op: Op) -> bool:
+        """Whether an op of this shape can be computed beside the ops of a group, from their values in registers."""
         if group.kind == "columns":
             return False
         produced = {r for o in group.ops for r in o.results}
@@ -191,7 +194,8 @@ class Fusion:
     def is_computed_operand(self, op: Op) -> bool:
         """Whether every reader can compute the op for itself while it reads: row programs, column sums and pointwise ops."""
         readers = self.users.get(op.result, [])
-        return len(readers) == 1 and OPS[readers[0].name].kind in ("rows", "columns", "pointwise") and self.reads_plainly(op, readers[0])
+        computed = len(readers) == 1 and OPS[readers[0].name].kind in ("rows", "columns", "pointwise") and self.reads_plainly(op, readers[0])
+        return computed and self.fits([op, readers[0]])
 
     def reads_plainly(self, op: Op, reader: Op) -> bool:
         if OPS[reader.name].kind == "pointwise":
@@ -205,7 +209,7 @@ class Fusion:
             before = [self.group_of[v] for v in op.operands if v in self.group_of]
             for group in sorted(set(before), key=lambda g: -g.order):
                 joined = [*group.ops, op]
-                if group.kind == "rows" and group.space == space and self.latest(op, without=group) < group.order and self.inputs(joined) <= self.max_inputs:
+                if group.kind == "rows" and group.space == space and self.latest(op, without=group) < group.order and self.fits(joined):
                     self.add(group, op)
                     return
             self.new_group("rows", space, op)
@@ -215,27 +219,16 @@ class Fusion:
             self.new_group(kind, op.results[0].type.shape, op)
 
     def place_column_sum(self, op: Op) -> None:
-        """Column sums that share an operand share a kernel: the earlier group moves behind the later one's operands."""
-        reads = self.reads_of(op)
+        """Column sums of matrices of one shape, in as many parts, share a kernel if all they read is there in time."""
         for group in self.groups[-6:]:
             if group.kind != "columns" or group.space != op.operands[0].type.shape:
                 continue
             if any(o.attrs.get("parts", 1) != op.attrs.get("parts", 1) for o in group.ops if OPS[o.name].kind == "columns"):
                 continue
-            if not reads & {s for o in group.ops for s in self.reads_of(o)} or self.inputs([*group.ops, op]) > self.max_inputs:
-                continue
-            if self.latest(op) < group.order:
+            if self.latest(op) < group.order and self.fits([*group.ops, op]):
                 self.add(group, op)
                 return
         self.new_group("columns", op.operands[0].type.shape, op)
-
-    def reads_of(self, op: Op) -> set[Value]:
-        found: set[Value] = set()
-        for v in op.operands:
-            source = self.origin(v)
-            inner = self.pending.get(source) or (self.made.get(source) if source in self.group_of and self.group_of[source].kind == "columns" else None)
-            found |= self.reads_of(inner) if inner else {source}
-        return found
 
     # -- the fused function
     def emit(self) -> Function:
@@ -251,15 +244,14 @@ class Fusion:
                 need(v)
             r.clone(op)
 
-        results = set(self.function.body.yields) | set(self.function.updates.values())
         for group in sorted(self.groups, key=lambda g: g.order):
-            self.emit_group(r, group, need, results)
-        for v in results:
+            self.emit_group(r, group, need)
+        for v in self.kept:
             need(v)
         body = replace(self.function.body, ops=tuple(r.ops), yields=tuple(r.get(v) for v in self.function.body.yields))
         return replace(self.function, body=body, updates={n: r.get(v) for n, v in self.function.updates.items()})
 
-    def emit_group(self, r: Rewriter, group: Group, need: object, results: set[Value]) -> None:
+    def emit_group(self, r: Rewriter, group: Group, need: object) -> None:
         assert callable(need)
         inner, operands = Rewriter(), []
         args: list[Value] = []
@@ -284,7 +276,7 @@ class Fusion:
             for v in op.operands:
                 enter(v)
             inner.clone(op)
-        used_outside = [v for op in group.ops for v in op.results if v in results or any(u not in group.ops for u in self.users.get(v, []))]
+        used_outside = [v for op in group.ops for v in op.results if v in self.kept or any(u not in group.ops for u in self.users.get(v, []))]
         yields = tuple(inner.get(v) for v in used_outside)
         region = Region(tuple(args), tuple(inner.ops), yields)
         new = tuple(Value(v.type, v.hint) for v in used_outside)

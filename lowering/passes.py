@@ -35,7 +35,7 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
-    """`simplify,fuse{max_inputs=6},tile` as passes. Raises UserError naming an unknown pass or option."""
+    """`simplify,fuse{max_buffers=8},tile` as passes. Raises UserError naming an unknown pass or option."""
     found = []
     for piece in _split(text):
         name, _, options = piece.partition("{")

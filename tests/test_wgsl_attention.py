@@ -22,7 +22,7 @@ from tests.lowered import run_tiled, tiled
 from tests.wgsl_device import launch
 from tinygpt.ir.core import Function, Kernel, Module, Region, Value
 from tinygpt.ir.interpret_workgroup import run_workgroups
-from tinygpt.ir.ops import GraphBuilder
+from tinygpt.ir.ops import OPS, GraphBuilder
 from tinygpt.ir.types import TensorType
 from tinygpt.ir.verify import verify_kernel
 from tinygpt.lowering.gpu import lower
@@ -39,11 +39,9 @@ def module_of(shape: Shape) -> Module:
     g = GraphBuilder()
     q, k, v, dout = (Value(TensorType("f32", shape), name) for name in ("q", "k", "v", "dout"))
     attrs = {"causal": True, "scale": shape[3] ** -0.5}
-    out, lse = g.emit("attention", q, k, v, **attrs).results
-    delta = g("attention_delta", dout, out)
-    dk, dv = g.emit("attention_grad_kv", q, k, v, dout, lse, delta, **attrs).results
-    dq = g("attention_grad_q", q, k, v, dout, lse, delta, **attrs)
-    body = Region((q, k, v, dout), tuple(g.ops), (out, dq, dk, dv))
+    attention = g.emit("attention", q, k, v, **attrs)
+    grads = OPS["attention"].gradient(g, attention, [dout, None])
+    body = Region((q, k, v, dout), tuple(g.ops), (attention.results[0], *(x for x in grads if x is not None)))
     return tiled(Module("attention", functions={"f": Function("f", body, {}, NAMES)}), DEFAULT)
 
 

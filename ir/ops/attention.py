@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
-from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, RowOp, register
+from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, register
 from tinygpt.ir.tile import MASKED_SCORE, Position, Reader, Readers, TileBuilder, Writers
 from tinygpt.ir.types import Dim, TensorType
 
@@ -83,9 +84,8 @@ class Attention(AttentionOp):
         if grads[0] is None:
             return [None] * len(op.operands)
         (q, k, v, *key), (out, lse), dout = op.operands, op.results, grads[0]
-        delta = g("attention_delta", dout, out)
+        dq, delta = g.emit("attention_grad_q", q, k, v, dout, lse, out, *key, **op.attrs).results
         dk, dv = g.emit("attention_grad_kv", q, k, v, dout, lse, delta, *key, **op.attrs).results
-        dq = g("attention_grad_q", q, k, v, dout, lse, delta, *key, **op.attrs)
         return [dq, dk, dv, *(None for _ in key)]
 
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
@@ -134,72 +134,58 @@ class Attention(AttentionOp):
         return found
 
 
-@register
-class AttentionDelta(RowOp):
-    """Row sums of dout * out: the D of FlashAttention-2, algorithm 2, line 4. [B, H, T, D] -> [B, H, T]."""
-
-    name = "attention_delta"
-
-    def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-        if types[0].shape != types[1].shape:
-            raise ValueError(f"shapes differ: {types[0]}, {types[1]}")
-        return (TensorType(types[0].dtype, types[0].shape[:-1]),)
-
-    def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
-        return ((operands[0] * operands[1]).sum(-1),)
-
-    def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
-        d = k.axis("c", read[0].type.shape[-1])
-        dout, out = (r(*lead, d, rows=i, cols=d) for r in read)
-        return [k.reduce("sum", k.mul(dout, out), 1)]
-
-    def examples(self) -> Sequence[Example]:
-        return [Example((TensorType("f32", s),) * 2) for s in ((2, 3, 8, 16), (1, 2, 101, 8))]
-
-
 class AttentionGrad(AttentionOp):
-    """Operands of both backward kernels: q, k, v, dout [B, H, T, D], log-sum-exp and delta [B, H, T], and a dropout key."""
+    """What both backward kernels compute from: q, k, v, dout [B, H, T, D], log-sum-exp [B, H, T], one operand more, and a
+    dropout key."""
 
-    def gradients(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        q, k, v, dout, lse, delta, *key = operands
+    reads_delta: ClassVar[bool]  # whether that operand is delta [B, H, T], or the attention's result
+
+    def scores_and_gradients(
+        self, operands: Sequence[np.ndarray], delta: np.ndarray, key: Sequence[np.ndarray], attrs: Attrs
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities as they multiply v, and the gradients of the scores, [B, H, T, T] each; delta [B, H, T]."""
+        q, k, v, dout, lse = operands
         p = np.exp(_scores(q, k, attrs) - lse[..., None])
         keep = _keep_mask(q, key, attrs)
-        dv = (p * keep).swapaxes(-1, -2) @ dout
-        ds = p * ((dout @ v.swapaxes(-1, -2)) * keep - delta[..., None]) * attrs["scale"]
-        return (ds @ k).astype(q.dtype), (ds.swapaxes(-1, -2) @ q).astype(q.dtype), dv.astype(q.dtype)
+        return p * keep, p * ((dout @ v.swapaxes(-1, -2)) * keep - delta[..., None]) * attrs["scale"]
 
     def examples(self) -> Sequence[Example]:
         found = []
         for shape in ((2, 3, 32, 16), (1, 2, 101, 8), (1, 2, 70, 48)):
             q, row = TensorType("f32", shape), TensorType("f32", shape[:3])
-            found.append(Example((q, q, q, q, row, row), {"causal": True, "scale": shape[3] ** -0.5}, _saved_row(shape)))
+            types = (q, q, q, q, row, row if self.reads_delta else q)
+            found.append(Example(types, {"causal": True, "scale": shape[3] ** -0.5}, _saved(shape, self.reads_delta)))
         return found
 
 
-def _saved_row(shape: tuple[int, ...]) -> Callable[[np.random.Generator], Sequence[np.ndarray]]:
-    """Operands as a forward pass leaves them: probabilities from an arbitrary log-sum-exp could overflow."""
+def _saved(shape: tuple[int, ...], delta: bool) -> Callable[[np.random.Generator], Sequence[np.ndarray]]:
+    """Operands as a forward pass leaves them, last its result or delta: probabilities from an arbitrary log-sum-exp could
+    overflow."""
 
     def draw(rng: np.random.Generator) -> list[np.ndarray]:
         q, k, v, dout = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
-        attrs = {"causal": True, "scale": shape[3] ** -0.5}
-        out, lse = Attention().evaluate([q, k, v], attrs)
-        return [q, k, v, dout, lse.astype(np.float32), (dout * out).sum(-1).astype(np.float32)]
+        out, lse = Attention().evaluate([q, k, v], {"causal": True, "scale": shape[3] ** -0.5})
+        return [q, k, v, dout, lse.astype(np.float32), ((dout * out).sum(-1) if delta else out).astype(np.float32)]
 
     return draw
 
 
 @register
 class AttentionGradKeysValues(AttentionGrad):
-    """dk and dv: one program per block of keys, over the blocks of queries that see it. Scores are computed transposed."""
+    """dk and dv, from delta [B, H, T] besides: one program per block of keys, over the blocks of queries that see it. Scores
+    are computed transposed."""
 
     name = "attention_grad_kv"
+    reads_delta = True
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         q = _checked(types)
         return (q, q)
 
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
-        return self.gradients(operands, attrs)[1:]
+        q, _, _, dout, _, delta, *key = operands
+        p, ds = self.scores_and_gradients(operands[:5], delta, key, attrs)
+        return ((ds.swapaxes(-1, -2) @ q).astype(q.dtype), (p.swapaxes(-1, -2) @ dout).astype(q.dtype))
 
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
         (q, key, value, dout, lse, delta, *drop), (batch, heads, context, width) = read, read[0].type.shape
@@ -242,25 +228,31 @@ class AttentionGradKeysValues(AttentionGrad):
 
 @register
 class AttentionGradQueries(AttentionGrad):
-    """dq: one program per block of queries, over the blocks of keys it sees."""
+    """dq from the attention's result besides, and delta [B, H, T], the row sums of dout * out (FlashAttention-2, algorithm 2,
+    line 4): one program per block of queries, over the blocks of keys it sees."""
 
     name = "attention_grad_q"
+    reads_delta = False
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-        return (_checked(types),)
+        q = _checked(types)
+        return (q, TensorType(q.dtype, q.shape[:3]))
 
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
-        return self.gradients(operands, attrs)[:1]
+        q, k, _, dout, _, out, *key = operands
+        delta = (dout * out).sum(-1)
+        _, ds = self.scores_and_gradients(operands[:5], delta, key, attrs)
+        return ((ds @ k).astype(q.dtype), delta)
 
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
-        (q, key, value, dout, lse, delta, *drop), (batch, heads, context, width) = read, read[0].type.shape
+        (q, key, value, dout, lse, out, *drop), (batch, heads, context, width) = read, read[0].type.shape
         block_q, block_k = k.order["tile"]
         b, h = k.grid(batch), k.grid(heads)
         blocks = ceil_div(context, block_q)
         first = (blocks - 1 - k.grid(blocks)) * block_q
         i, d = k.dim("i", first, block_q, context), k.axis("d", width)
         queries, dout_i = q(b, h, i, d, rows=i, cols=d), dout(b, h, i, d, rows=i, cols=d)
-        lse_i, delta_i = lse(b, h, i, rows=i), delta(b, h, i, rows=i)
+        lse_i, delta = lse(b, h, i, rows=i), k.reduce("sum", k.mul(dout_i, out(b, h, i, d, rows=i, cols=d)), 1)
         scale = op.attrs["scale"]
 
         def block(masked: bool) -> Callable[..., list[Value]]:
@@ -272,7 +264,7 @@ class AttentionGradQueries(AttentionGrad):
                 dp = k.dot(k.fill(0.0, i, j), dout_i, value(b, h, j, d, rows=d, cols=j))
                 keep = self.keep(k, op, drop[0] if drop else None, (b, h), i, j, 0)
                 dp = dp if keep is None else k.mul(dp, keep)
-                ds = k.mul(k.mul(k.pointwise("exp", s), k.sub(dp, delta_i)), scale)
+                ds = k.mul(k.mul(k.pointwise("exp", s), k.sub(dp, delta)), scale)
                 return [k.dot(dq, ds, key(b, h, j, d, rows=j, cols=d))]
 
             return body
@@ -286,3 +278,4 @@ class AttentionGradQueries(AttentionGrad):
         else:
             carried = k.loop(0, ceil_div(context, block_k), carried, block(False))
         write[0](carried[0], b, h, i, d, rows=i, cols=d)
+        write[1](delta, b, h, i, rows=i)
