@@ -82,6 +82,11 @@ class RowOp(GraphOp):
     kind = "rows"
     pattern = "rows"
 
+    def space(self, op: Op) -> tuple[int, ...]:
+        """The shape it runs over: rows first, the elements of a row last. That of its first operand, or of a larger result."""
+        widest, results = op.operands[0].type.shape, [r.type.shape for r in op.results]
+        return widest if len(widest) >= max(map(len, results)) else results[0]
+
     def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
         """Result tiles for the rows `lead` (whose last entry is the Dim `i`, if there are rows)."""
         raise CompilerBug(f"{self.name} has no row program")

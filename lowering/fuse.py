@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Module, Op, Region, Rewriter, Value
-from tinygpt.ir.ops import OPS
+from tinygpt.ir.ops import OPS, RowOp
 from tinygpt.lowering.passes import Pass, register
 
 
@@ -204,8 +204,8 @@ class Fusion:
 
     def place_root(self, op: Op, kind: str) -> None:
         self.settle(op)
-        if kind == "rows":
-            space = op.operands[0].type.shape if op.operands[0].type.rank >= max(r.type.rank for r in op.results) else op.result.type.shape
+        if isinstance(definition := OPS[op.name], RowOp):
+            space = definition.space(op)
             before = [self.group_of[v] for v in op.operands if v in self.group_of]
             for group in sorted(set(before), key=lambda g: -g.order):
                 joined = [*group.ops, op]

@@ -22,7 +22,7 @@ from tinygpt.ir.types import TensorType
 from tinygpt.lowering.differentiate import GRADIENT
 from tinygpt.lowering.passes import Pass, register
 
-ROW = 1024  # the flat arrays are padded to whole rows of this many elements, so that sums of them have two stages
+ROW = 1024  # about as many elements have the rows of the flat arrays, so that sums of them have two stages
 TILE, ALIGNED = 64, 64  # elements: the tile of a product that chunks should not cut, and what addresses are aligned to
 POOLS = ("weights", "adam.m", "adam.v")  # the flat arrays that live from step to step
 INIT_STREAM, WINDOW_STREAM = 1, 2  # second counter word of the random number generator
@@ -116,8 +116,13 @@ def layout(parameters: Sequence[Parameter], families: Sequence[Sequence[str]], l
             at += p.type.size
             if p.type.rank >= 2:
                 decaying = at
-    size = -(-at // ROW) * ROW
+    size = at if row_length(at - start) else -(-at // ROW) * ROW
     return Layout(places, decaying, size, (*pieces, (start, size)))
+
+
+def row_length(size: int) -> int:
+    """How long the rows are in which a flat array of `size` elements is summed up; 0 if it must be padded to whole rows."""
+    return min((n for n in range(ROW // 2, 2 * ROW, 4) if size % n == 0), key=lambda n: abs(n - ROW), default=0)
 
 
 def row_chunks(shape: Sequence[int], limit: int) -> list[range]:
@@ -260,7 +265,8 @@ def clipped_adamw(
     """Clip by the global norm (as torch.nn.utils.clip_grad_norm_) and AdamW (Loshchilov & Hutter 2019, as torch.optim.AdamW)."""
     sums = []
     for piece in gradients:
-        matrix = g("reshape", piece, shape=(piece.type.size // ROW, ROW))
+        length = row_length(piece.type.size)
+        matrix = g("reshape", piece, shape=(piece.type.size // length, length))
         sums.append(g("sum", g("mul", matrix, matrix), axes=(1,)))
     total = g("sum", g("concat", *sums, axis=0) if len(sums) > 1 else sums[0], axes=(0,))
     norm = g("sqrt", total)

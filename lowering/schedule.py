@@ -14,7 +14,7 @@ from tinygpt.ir.index import ceil_div
 Order = dict[str, Any]
 FEW_ROWS = 16
 SHORTEST_PART = 128  # terms of a sum that is made in parts
-LARGEST_PARTIALS = 128 << 20  # bytes
+LARGEST_PARTIALS = 512 << 20  # bytes that the parts of all sums may take
 LONGEST_CONTRACTION = 2560  # all of K in one trip up to here: accumulators never leave their registers
 
 
@@ -137,10 +137,15 @@ def gpu_columns(extents: Mapping[str, int], caps: Caps) -> Schedule:
     return Schedule({"tile": (min(extents["rows"], 512), 16), "threads": (64, 4)}, {})
 
 
-def gpu_parts(inner: int, elements: int, caps: Caps) -> int:
+def gpu_parts(inner: int, elements: int) -> int:
     """In how many parts sums of `inner` terms are made, so that they fill a device; `elements` of them are kept together."""
-    room = min(caps.binding_bytes or LARGEST_PARTIALS, LARGEST_PARTIALS) // (4 * elements)
-    return max((n for n in (1, 2, 4, 8) if inner % n == 0 and inner >= n * SHORTEST_PART and n <= room), default=1)
+    most = LARGEST_PARTIALS // (4 * elements)
+    return max((n for n in (1, 2, 4, 8) if inner % n == 0 and inner >= n * SHORTEST_PART and n <= most), default=1)
+
+
+def gpu_binds(elements: int, caps: Caps) -> bool:
+    """Whether a device binds so many numbers as one buffer."""
+    return 4 * elements <= min(caps.binding_bytes or LARGEST_PARTIALS, caps.buffer_bytes or LARGEST_PARTIALS)
 
 
 def threads_along(extent: int, most: int) -> int:

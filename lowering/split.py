@@ -1,23 +1,23 @@
-"""split: long sums that end up in one array are made in parts, which one launch adds up.
+"""split: long sums that end up in one array are made in parts, which few launches add up.
 
 A weight's gradient is a small matrix with a long contraction: too few tiles to fill a GPU, each with many steps that
-wait for memory. In parts there are that many times as many tiles. The parts of all gradients lie side by side,
-[parts, size], so that one sum over columns is the second stage of them all; where they would take too much memory, a
-small one has a second stage of its own. The order of every sum is fixed."""
+wait for memory. In parts there are that many times as many tiles. The parts of neighbouring gradients lie side by side,
+[parts, size], so that one sum is the second stage of them all. Where those of all gradients would take too much memory,
+only vectors are made in parts. The order of every sum is fixed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Module, Op, Value, uses
 from tinygpt.ir.ops import OPS, GraphBuilder
 from tinygpt.lowering.passes import Pass, register
-from tinygpt.lowering.schedule import gpu_parts
+from tinygpt.lowering.schedule import gpu_binds, gpu_parts
 
-SMALL = range(1 << 12, 1 << 19)  # elements of a matrix that has too few tiles of its own
-FEWEST = 4  # parts that all gradients are made in together; in fewer, only the small ones are
+VECTORS = 1 << 12  # elements of a gradient that is made in parts whatever the others are: theirs take no room
+FEWEST = 4  # parts that pay for their second stage
 
 
 @register
@@ -40,8 +40,8 @@ class Splitting:
         self.users = uses(function.body)
         self.kept = {*function.body.yields, *function.updates.values()}
         self.parts: dict[Value, int] = {}  # what is made in parts, and in how many
-        self.alone: set[Value] = set()  # what has a second stage of its own
         self.partial: dict[Value, Value] = {}
+        self.rows: dict[Value, Value] = {}  # flat arrays whose second stage made them row by row, and those rows
         self.mapping: dict[Value, Value] = {}
         self.g = GraphBuilder()
 
@@ -54,6 +54,8 @@ class Splitting:
                 self.emit_partial(op)
             elif packs.get(op):
                 self.mapping[op.result] = self.packed(op)
+            elif op.name == "reshape" and op.operands[0] in self.rows and self.rows[op.operands[0]].type == op.result.type:
+                self.mapping[op.result] = self.rows[op.operands[0]]
             else:
                 made = self.g.emit(op.name, *operands, hint=op.results[0].hint, **op.attrs)
                 self.mapping.update(zip(op.results, made.results, strict=True))
@@ -80,14 +82,11 @@ class Splitting:
         if not found:
             return False
         longest = max(n for terms in found.values() for n in terms)
-        together = gpu_parts(longest, pack.result.type.size, self.caps)
+        together = gpu_parts(longest, pack.result.type.size)
         for value, terms in found.items():
-            alone = together < FEWEST
-            parts = gpu_parts(max(terms), value.type.size, self.caps) if alone else together
-            if parts > 1 and not any(n % parts for n in terms) and (not alone or value.type.size in SMALL):
+            parts = together if together >= FEWEST else gpu_parts(max(terms), value.type.size) if value.type.size <= VECTORS else 1
+            if parts > 1 and not any(n % parts for n in terms):
                 self.mark(value, parts)
-                if alone:
-                    self.alone.add(value)
         return any(v in self.parts for v in pack.operands)
 
     def mark(self, value: Value, parts: int) -> None:
@@ -107,23 +106,40 @@ class Splitting:
             self.partial[value] = self.g("add", *(self.partial[v] for v in op.operands))
         else:
             self.partial[value] = self.g(op.name, *(self.mapping.get(v, v) for v in op.operands), **op.attrs, parts=parts)
-        if value in self.alone:
-            self.mapping[value] = self.g("reshape", self.total(parts, [value]), shape=value.type.shape)
 
     def packed(self, op: Op) -> Value:
-        """The pack, with one sum for each run of neighbours that are made in the same number of parts."""
+        """The pack, with one sum for each run of neighbours that are made in the same number of parts, if a binding holds them."""
         runs: list[tuple[int, int, list[Value]]] = []  # offset, parts, values
-        end = -1
         for offset, value in zip(op.attrs["offsets"], op.operands, strict=True):
-            parts = 1 if value in self.alone else self.parts.get(value, 1)
-            if parts > 1 and runs and runs[-1][1] == parts and offset == end:
-                runs[-1][2].append(value)
-            else:
-                runs.append((offset, parts, [value]))
-            end = offset + value.type.size
+            parts = self.parts.get(value, 1)
+            if parts > 1 and runs and runs[-1][1] == parts:
+                start, _, values = runs[-1]
+                size = sum(v.type.size for v in values)
+                if offset == start + size and gpu_binds(parts * (size + value.type.size), self.caps):
+                    values.append(value)
+                    continue
+            runs.append((offset, parts, [value]))
+        if len(runs) == 1 and runs[0][1] > 1 and (matrix := self.matrix_of(op)):
+            return self.summed_by_rows(op, runs[0][1], matrix)
         pieces = [self.total(parts, values) if parts > 1 else self.mapping.get(values[0], values[0]) for _, parts, values in runs]
         return self.g("pack", *pieces, offsets=tuple(offset for offset, _, _ in runs), size=op.attrs["size"])
 
-    def total(self, parts: int, values: list[Value]) -> Value:
+    def matrix_of(self, pack: Op) -> tuple[int, ...] | None:
+        """The matrix as which somebody reads a pack without gaps."""
+        whole = sum(v.type.size for v in pack.operands) == pack.attrs["size"]
+        shapes = [u.result.type.shape for u in self.users.get(pack.result, []) if u.name == "reshape" and u.result.type.rank == 2]
+        return shapes[0] if whole and shapes else None
+
+    def summed_by_rows(self, pack: Op, parts: int, matrix: tuple[int, ...]) -> Value:
+        """The second stage row by row, so that what reads the rows next is computed with them."""
+        rows = self.g("sum_parts", self.g("reshape", self.side_by_side(parts, pack.operands), shape=(parts, *matrix)))
+        self.rows[pack.result] = rows
+        return self.g("reshape", rows, shape=pack.result.type.shape)
+
+    def total(self, parts: int, values: Sequence[Value]) -> Value:
+        return self.g("sum_columns", self.side_by_side(parts, values))
+
+    def side_by_side(self, parts: int, values: Sequence[Value]) -> Value:
+        """The parts of some gradients as [parts, size]."""
         flat = [self.g("reshape", self.partial[v], shape=(parts, v.type.size)) for v in values]
-        return self.g("sum_columns", self.g("concat", *flat, axis=1) if len(flat) > 1 else flat[0])
+        return self.g("concat", *flat, axis=1) if len(flat) > 1 else flat[0]

@@ -14,7 +14,7 @@ from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Kernel, Module, Op, Region, Value
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.index import Index, ceil_div
-from tinygpt.ir.ops import OPS
+from tinygpt.ir.ops import OPS, RowOp
 from tinygpt.ir.storage import Strided
 from tinygpt.ir.tile import Position, Reader, TileBuilder, Writer, stored_reader, stored_writer, transposed
 from tinygpt.ir.types import Dim, TensorType
@@ -287,11 +287,8 @@ class GroupTiler:
         shapes = [v.type.shape for op in self.region.ops for v in (*op.operands, *op.results) if OPS[op.name].kind in ("rows", "columns")]
         if not shapes:
             shapes = [v.type.shape for v in self.region.yields]
-        if self.root is not None and OPS[self.root.name].kind == "rows":
-            root = self.root
-            widest: tuple[int, ...] = root.operands[0].type.shape
-            results: tuple[int, ...] = root.results[0].type.shape
-            return widest if len(widest) >= max(r.type.rank for r in root.results) else results
+        if self.root is not None and isinstance(definition := OPS[self.root.name], RowOp):
+            return definition.space(self.root)
         return max(shapes, key=lambda s: (len(s), prod(s)))
 
     def kernel(self) -> Kernel:

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from tinygpt.ir.registry import OPS, Attrs, Example, GraphBuilder, GraphOp, Pointwise
+from tinygpt.ir.registry import OPS, Attrs, Example, GraphBuilder, GraphOp, Pointwise, RowOp
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OPS", "Attrs", "Example", "GraphBuilder", "GraphOp", "Pointwise"]
+__all__ = ["OPS", "Attrs", "Example", "GraphBuilder", "GraphOp", "Pointwise", "RowOp"]

@@ -67,6 +67,40 @@ class SumRows(RowOp):
 
 
 @register
+class SumParts(RowOp):
+    """Sum of a few matrices, one after another: [parts, M, C] -> [M, C]."""
+
+    name = "sum_parts"
+
+    def space(self, op: Op) -> tuple[int, ...]:
+        shape: tuple[int, ...] = op.results[0].type.shape
+        return shape
+
+    def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+        if types[0].rank != 3:
+            raise ValueError(f"{types[0]} is not a few matrices")
+        return (TensorType(types[0].dtype, types[0].shape[1:]),)
+
+    def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
+        return (operands[0].sum(0, dtype=np.float64).astype(operands[0].dtype),)
+
+    def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
+        shape = op.operands[0].type.shape
+        return [grads[0] and g("broadcast", g("reshape", grads[0], shape=(1, *shape[1:])), shape=shape)]
+
+    def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
+        parts, _, columns = read[0].type.shape
+        c = k.axis("c", columns)
+        total = read[0](0, *lead, c, rows=i, cols=c)
+        for part in range(1, parts):
+            total = k.add(total, read[0](part, *lead, c, rows=i, cols=c))
+        return [total]
+
+    def examples(self) -> Sequence[Example]:
+        return [Example((TensorType("f32", s),)) for s in ((2, 5, 12), (8, 70, 33))]
+
+
+@register
 class SumColumns(GraphOp):
     """Sum of each column: [M, C] -> [C]; with `parts` [parts, C], the sums of that many equal stretches of rows."""
 
