@@ -17,7 +17,7 @@ from math import gcd
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
-from tinygpt.ir.types import Dim
+from tinygpt.ir.types import Dim, ScalarType, VectorType
 from tinygpt.lowering.gpu_memory import Piece, WorkgroupLowering
 from tinygpt.lowering.gpu_values import WIDTH
 
@@ -101,8 +101,8 @@ class DotLowering(WorkgroupLowering):
             return [*self.products(left, right, firsts, depth, sums), *following]
 
         results = self.loop(0, slices, 1, one, [*starts, *fetched(Index.of(0))], stem="s")
-        self.registers[op.result] = dict(zip(keys, results, strict=False))
         self.release(left.piece, right.piece)
+        self.registers[op.result] = dict(zip(keys, self.across_groups(results[: len(keys)]), strict=True))
 
     def operand(self, value: Value, axis: int, dim: Dim, depth: int, slices: int) -> Staged:
         """Take workgroup memory for an operand whose axis `dim` is not contracted."""
@@ -115,9 +115,33 @@ class DotLowering(WorkgroupLowering):
         turned = not whole and self.is_turned(value, lanes, axis, depth)
         return Staged(value, piece, pitch, dim, axis, whole, max(1, BANKS * WIDTH // depth) if turned else 0)
 
+    def across_groups(self, sums: list[Value]) -> list[Value]:
+        """The first group's sums plus those of the others, of which half hand theirs over at a time."""
+        share = self.layout.groups // 2
+        while share:
+            mine = Index.variable("thread") % self.layout.in_group
+            width = WIDTH if isinstance(sums[0].type, VectorType) else 1
+            piece = self.piece(share * len(sums) * self.layout.in_group * width, width, "partial")
+
+            def slot(group: Index, n: int, mine: Index = mine, width: int = width) -> Index:
+                return ((group * len(sums) + n) * self.layout.in_group + mine) * width
+
+            def hand_over(share: int = share, piece: Piece = piece) -> None:
+                for n, x in enumerate(sums):
+                    self.b.store(piece.pointer, x, slot(self.layout.group - share, n))
+
+            self.will_write(piece)
+            self.when([(Index.of(share - 1) - self.layout.group, 0), (self.layout.group, 2 * share)], hand_over)
+            self.will_read(piece)
+            others = [self.b.load(piece.pointer, slot(self.layout.group % share, n), width) for n in range(len(sums))]
+            sums = [self.b.primitive("add", [x, other]) for x, other in zip(sums, others, strict=True)]
+            self.release(piece)
+            share //= 2
+        return sums
+
     # -- a placed operand
     def write_whole(self, to: Staged, inner: Dim, extent: int) -> None:
-        """Write what each thread holds of a placed operand, `extent` elements of the contraction."""
+        """Write what each thread holds of a placed operand, `extent` elements of the contraction: zeros behind its end."""
         for key in self.keys(to.value.type):
             self.vector(to.value, key)
         self.will_write(to.piece)
@@ -129,12 +153,12 @@ class DotLowering(WorkgroupLowering):
     def write_left(self, to: Staged, inner: Dim, extent: int) -> None:
         lanes = to.piece.lanes
         width = self.layout.width(inner)
-        for v in range(self.layout.vectors(inner)):
+        for v in range(ceil_div(extent, self.layout.threads_x * width)):
             k = self.layout.col(inner, v)
             conditions = [(k, Index.of(extent))] if self.largest(k) + width > extent else []
 
             def part(r: int, v: int = v, k: Index = k) -> Value:
-                return self.or_else(self.vector(to.value, (r, v)), inner, k, width, 0.0)
+                return self.or_else(self.vector(to.value, (r, v)), inner, k, width, 0.0) if v < self.layout.vectors(inner) else self.zero(width)
 
             def write(k: Index = k, part: Callable[[int], Value] = part) -> None:
                 for r in range(0, self.layout.rows(to.dim), lanes):
@@ -146,16 +170,20 @@ class DotLowering(WorkgroupLowering):
             self.when(conditions, write)
 
     def write_right(self, to: Staged, inner: Dim, extent: int) -> None:
-        for r in range(self.layout.rows(inner)):
+        for r in range(ceil_div(extent, self.layout.threads_y)):
             k = self.layout.row(inner, r)
             conditions = [(k, Index.of(extent))] if self.largest(k) + 1 > extent else []
 
             def write(r: int = r, k: Index = k) -> None:
                 for v in range(self.layout.vectors(to.dim)):
-                    x = self.or_else(self.vector(to.value, (r, v)), inner, k, 1, 0.0)
+                    inside = r < self.layout.rows(inner)
+                    x = self.or_else(self.vector(to.value, (r, v)), inner, k, 1, 0.0) if inside else self.zero(self.layout.width(to.dim))
                     self.b.store(to.piece.pointer, x, k * to.pitch + self.layout.col(to.dim, v))
 
             self.when(conditions, write)
+
+    def zero(self, width: int) -> Value:
+        return self.b.splat(self.b.const(0.0, ScalarType("f32")), width)
 
     # -- a free operand
     def is_turned(self, value: Value, lanes: int, axis: int, depth: int) -> bool:
@@ -244,9 +272,11 @@ class DotLowering(WorkgroupLowering):
     def products(
         self, left: Staged, right: Staged, firsts: Sequence[Index], depth: int, sums: Sequence[Value]
     ) -> list[Value]:
-        """Add the outer products of a slice to the register block."""
+        """Add the outer products of a slice, or of the group's share of it, to the register block."""
         rows, vectors = self.layout.rows(left.dim), self.layout.vectors(right.dim)
-        unroll = gcd(UNROLL, depth)
+        share = depth // self.layout.groups
+        firsts = [first + self.layout.group * share if self.layout.groups > 1 else first for first in firsts]
+        unroll = gcd(UNROLL, share)
 
         def step(trip: Index, *totals: Value) -> list[Value]:
             now = list(totals)
@@ -259,7 +289,7 @@ class DotLowering(WorkgroupLowering):
                 now = [self.b.primitive("fma", [column[n // vectors], row[n % vectors], total]) for n, total in enumerate(now)]
             return now
 
-        return self.loop(0, depth // unroll, 1, step, sums, stem="k")
+        return self.loop(0, share // unroll, 1, step, sums, stem="k")
 
     def left_column(self, left: Staged, k: Index, rows: int) -> list[Value]:
         """The thread's rows of the left operand at one k."""

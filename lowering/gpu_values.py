@@ -35,18 +35,29 @@ Key = tuple[int | None, int | Index | None]  # which row and vector of columns o
 
 @dataclass(frozen=True)
 class Layout:
-    """How tiles are dealt to the threads of a workgroup."""
+    """How tiles are dealt to the threads of a workgroup. With several `groups` of threads each has all of every tile: they
+    share the contraction of a product."""
 
     threads_y: int
     threads_x: int
+    groups: int = 1
 
     @property
-    def threads(self) -> int:
+    def in_group(self) -> int:
         return self.threads_y * self.threads_x
 
     @property
+    def threads(self) -> int:
+        return self.in_group * self.groups
+
+    @property
+    def group(self) -> Index:
+        return Index.variable("thread") // self.in_group
+
+    @property
     def y(self) -> Index:
-        return Index.variable("thread") // self.threads_x
+        line = Index.variable("thread") // self.threads_x
+        return line if self.groups == 1 else line % self.threads_y
 
     @property
     def x(self) -> Index:
@@ -104,7 +115,7 @@ class ValueLowering:
 
     def __init__(self, kernel: Kernel, caps: Caps) -> None:
         self.kernel, self.caps = kernel, caps
-        self.layout = Layout(*kernel.order.get("threads", DEFAULT_THREADS))
+        self.layout = Layout(*kernel.order.get("threads", DEFAULT_THREADS), kernel.order.get("groups", 1))
         self.b = LoopBuilder()
         self.indices: dict[str, Index] = {}  # what tile-level loop variables are called here
         self.ranges = {"thread": (0, self.layout.threads - 1), **{name: (0, n - 1) for name, n in kernel.grid.items()}}

@@ -85,33 +85,53 @@ CPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class GpuProduct:
+    """A schedule of products: a tile of the output, threads, groups of threads that share the contraction, a slice of it; the
+    fewest tiles that fill a device, from which contraction on it pays, and whether columns must come in fours, so that
+    what it keeps in workgroup memory is no more than 16 KiB."""
+
+    tile: tuple[int, int]
+    threads: tuple[int, int]
+    groups: int
+    depth: int
+    fewest: int = 0
+    shortest: int = 0
+    in_fours: bool = False
+
+    def suits(self, extents: Mapping[str, int]) -> bool:
+        """Whether there are enough tiles, and their edges waste little."""
+        (height, width), rows, columns = self.tile, extents["rows"], extents["columns"]
+        tiles = ceil_div(rows, height) * ceil_div(columns, width)
+        enough = tiles * extents["batch"] >= self.fewest and extents["inner"] >= self.shortest
+        return enough and tiles * height * width <= 1.25 * rows * columns and not (self.in_fours and columns % 4)
+
+
+# Large tiles read each operand less often, small ones and groups leave no multiprocessor idle. Measured on an H100 in the
+# three forms of a step, from 256 x 256 in eight parts to 4096 x 3072.
+GPU_PRODUCTS = (
+    GpuProduct((128, 64), (16, 8), 1, 16, fewest=128, shortest=512),
+    GpuProduct((64, 64), (8, 8), 1, 16, fewest=512),
+    GpuProduct((64, 64), (8, 8), 2, 32, fewest=256, in_fours=True),
+    GpuProduct((64, 32), (8, 8), 2, 32, fewest=100),
+    GpuProduct((32, 32), (8, 8), 2, 32, fewest=128),
+)
+FEW_TILES = GpuProduct((32, 32), (8, 8), 4, 64)
+
+
 def gpu_contraction(extents: Mapping[str, int], caps: Caps) -> Schedule:
-    """The largest of four tiles of which there are enough to fill a device, and whose edges waste little: large tiles read
-    each operand less often, small ones leave no multiprocessor idle.
-
-    Measured on an H100 in the three forms of a step: 128 x 64 is best from 1024 x 1024 outputs and a contraction of 768
-    on, 64 x 64 at 2048 x 1024 x 256, 64 x 32 at 256 x 256 in eight parts, 32 x 32 at 1024 x 256 whatever the contraction."""
-    rows, columns, inner = extents["rows"], extents["columns"], extents["inner"]
-    for (height, width), threads, depth, fewest, shortest in CONTRACTIONS:
-        blocks = ceil_div(rows, height) * ceil_div(columns, width)
-        wasted = blocks * height * width > 1.25 * rows * columns
-        if blocks * extents["batch"] >= fewest and inner >= shortest and not wasted:
-            return Schedule({"tile": (height, width, inner), "threads": threads}, {"slice": depth})
-    return Schedule({"tile": (32, 32, inner), "threads": (8, 8)}, {"slice": 32})
-
-
-# Tiles of a product: outputs, threads, slice of the contraction, the fewest tiles that fill a device, and from which
-# contraction on it pays.
-CONTRACTIONS = (((128, 64), (16, 8), 16, 128, 512), ((64, 64), (8, 8), 16, 192, 0), ((64, 32), (8, 8), 32, 192, 0))
+    """The first of the schedules of products that suits."""
+    found = next((p for p in GPU_PRODUCTS if p.suits(extents)), FEW_TILES)
+    return Schedule({"tile": (*found.tile, extents["inner"]), "threads": found.threads, "groups": found.groups}, {"slice": found.depth})
 
 
 def gpu_attention(extents: Mapping[str, int], caps: Caps) -> Schedule:
     """Blocks of 32 queries (of 32 keys, where a program goes along the keys) against 64 of the others, or 32 where the
-    context is short. Probabilities and a slice of the values fit 16 KiB up to a width of 128.
+    context is short or heads are wide: probabilities, a slice of the values and partial sums must fit 16 KiB.
 
     Measured on an H100 at contexts 128 to 1024 and widths 32 and 64, forward and backward."""
-    if extents["rows"] < 256 and extents["columns"] <= 64:
-        return Schedule({"tile": (32, 32), "threads": (8, 8)}, {"slice": 32})
+    if extents["rows"] < 256 or extents["columns"] > 96:
+        return Schedule({"tile": (32, 32), "threads": (8, 8)}, {"slice": 32 if extents["columns"] <= 64 else 16})
     return Schedule({"tile": (32, 64), "threads": (8, 8)}, {"slice": 16})
 
 

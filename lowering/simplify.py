@@ -10,7 +10,7 @@ import numpy as np
 
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Module, Op, Value
-from tinygpt.ir.ops import OPS, Pointwise
+from tinygpt.ir.ops import OPS, Pointwise, RowOp
 from tinygpt.ir.ops.reduction import matrix_shape
 from tinygpt.lowering.passes import Pass, register
 from tinygpt.lowering.rewrite import Rewrite, Rule, rewrite
@@ -223,7 +223,8 @@ def product_of_matrices(b: Rewrite, op: Op) -> Found:
 
 def rows_of_a_matrix(b: Rewrite, op: Op) -> Found:
     """A row program over [a, b, c] is one over [a*b, c]."""
-    if OPS[op.name].kind != "rows" or op.operands[0].type.rank != 3:
+    definition = OPS[op.name]
+    if not isinstance(definition, RowOp) or op.operands[0].type.rank != 3 or definition.space(op) != op.operands[0].type.shape:
         return None
     lead = op.operands[0].type.shape[:-1]
     flat = []
