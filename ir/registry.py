@@ -84,8 +84,9 @@ class RowOp(GraphOp):
 
     def space(self, op: Op) -> tuple[int, ...]:
         """The shape it runs over: rows first, the elements of a row last. That of its first operand, or of a larger result."""
-        widest, results = op.operands[0].type.shape, [r.type.shape for r in op.results]
-        return widest if len(widest) >= max(map(len, results)) else results[0]
+        first: tuple[int, ...] = op.operands[0].type.shape
+        result: tuple[int, ...] = op.results[0].type.shape
+        return first if len(first) >= max(r.type.rank for r in op.results) else result
 
     def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
         """Result tiles for the rows `lead` (whose last entry is the Dim `i`, if there are rows)."""

@@ -56,13 +56,14 @@ class GpuLowering(DotLowering):
 
     def __init__(self, kernel: Kernel, caps: Caps) -> None:
         super().__init__(kernel, caps)
+        self.in_place = {v for v, access in zip(kernel.params, kernel.access, strict=True) if access == "inout"}
         self.changed = {v for v, access in zip(kernel.params, kernel.access, strict=True) if access != "in"}
 
     def lowered(self) -> Kernel:
         threads = self.layout.threads
         if self.caps.workgroup_threads and threads > self.caps.workgroup_threads:
             raise refusal(self.kernel, f"wants {threads} threads, {self.caps.name} has {self.caps.workgroup_threads}", "choose fewer threads in its schedule")
-        self.block(self.kernel.body.ops)
+        self.when(self.edges(), lambda: self.block(self.kernel.body.ops))
         size = 4 * sum(self.most.values())
         if self.caps.workgroup_bytes and size > self.caps.workgroup_bytes:
             raise refusal(
@@ -73,6 +74,18 @@ class GpuLowering(DotLowering):
         extents = tuple(v.type.size for v in self.kernel.params)
         cost = {**self.kernel.cost, "extents": extents, "threads": threads}
         return replace(self.kernel, body=Region(params, self.b.finish()), cost=cost, level="loop")
+
+    def edges(self) -> list[tuple[Index, Index | int]]:
+        """Where a thread has elements at all, if the kernel changes a buffer in place, an element a thread: behind the end
+        of an axis addresses are clamped, and a thread would read what another is changing."""
+        written = [op.operands[1].type for op in self.kernel.body.walk() if op.name == "store" and op.operands[0] in self.in_place]
+        meets = any(op.name in ("dot", "reduce") for op in self.kernel.body.walk())
+        if meets or not written or any(type != written[0] or len(self.keys(type)) > 1 for type in written):
+            return []
+        rows, cols = written[0].dims
+        places = [(rows, self.layout.row(rows, 0), 1)] if rows else []
+        places += [(cols, self.layout.col(cols, 0), self.layout.width(cols))] if cols else []
+        return [(at, self.live(dim)) for dim, at, width in places if self.may_be_outside(dim, at, width)]
 
     # -- structure
     def block(self, ops: Sequence[Op]) -> None:

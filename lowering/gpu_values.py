@@ -115,7 +115,8 @@ class ValueLowering:
 
     def __init__(self, kernel: Kernel, caps: Caps) -> None:
         self.kernel, self.caps = kernel, caps
-        self.layout = Layout(*kernel.order.get("threads", DEFAULT_THREADS), kernel.order.get("groups", 1))
+        threads_y, threads_x = kernel.order.get("threads", DEFAULT_THREADS)
+        self.layout = Layout(threads_y, threads_x, kernel.order.get("groups", 1))
         self.b = LoopBuilder()
         self.indices: dict[str, Index] = {}  # what tile-level loop variables are called here
         self.ranges = {"thread": (0, self.layout.threads - 1), **{name: (0, n - 1) for name, n in kernel.grid.items()}}

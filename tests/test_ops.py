@@ -34,7 +34,7 @@ def dropout_examples() -> list[tuple[str, Example]]:
     """The attention ops with their optional operand: a key to drop probabilities by."""
     found = []
     for name in ("attention", "attention_grad_kv", "attention_grad_q"):
-        plain = OPS[name].examples()[1]
+        plain = OPS[name].examples()[-1]
         attrs = {**plain.attrs, "dropout": 0.25, "stream": 7}
 
         def draw(rng: np.random.Generator, plain: Example = plain) -> list[np.ndarray]:
@@ -274,8 +274,7 @@ def own_program(name: str, example: Example, tile: Sequence[int]) -> Kernel:
 def row_program(name: str, example: Example, rows: int) -> Kernel:
     """A row op on its own: a grid over leading axes and blocks of rows."""
     p = Program(name, example, {"rows": rows})
-    first, result = example.types[0].shape, p.types[0].shape
-    space = first if len(first) >= len(result) else result
+    space = p.op.space(p.node)  # type: ignore[attr-defined]
     lead: list[Position] = [p.k.grid(n) for n in space[:-2]]
     i = p.blocks(space[-2:-1], [rows])[0] if len(space) > 1 else None
     lead += [i] if i is not None else []

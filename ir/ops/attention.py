@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import ClassVar
 
 import numpy as np
@@ -84,7 +85,11 @@ class Attention(AttentionOp):
         if grads[0] is None:
             return [None] * len(op.operands)
         (q, k, v, *key), (out, lse), dout = op.operands, op.results, grads[0]
-        dq, delta = g.emit("attention_grad_q", q, k, v, dout, lse, out, *key, **op.attrs).results
+        if key:  # which takes the buffer that delta would be left in
+            delta = g("sum_rows", g("mul", dout, out))
+            dq = g("attention_grad_q", q, k, v, dout, lse, delta, *key, **op.attrs)
+        else:
+            dq, delta = g.emit("attention_grad_q", q, k, v, dout, lse, out, **op.attrs).results
         dk, dv = g.emit("attention_grad_kv", q, k, v, dout, lse, delta, *key, **op.attrs).results
         return [dq, dk, dv, *(None for _ in key)]
 
@@ -138,7 +143,7 @@ class AttentionGrad(AttentionOp):
     """What both backward kernels compute from: q, k, v, dout [B, H, T, D], log-sum-exp [B, H, T], one operand more, and a
     dropout key."""
 
-    reads_delta: ClassVar[bool]  # whether that operand is delta [B, H, T], or the attention's result
+    forms: ClassVar[tuple[bool, ...]]  # that operand is delta [B, H, T] (True) or the attention's result (False)
 
     def scores_and_gradients(
         self, operands: Sequence[np.ndarray], delta: np.ndarray, key: Sequence[np.ndarray], attrs: Attrs
@@ -151,10 +156,10 @@ class AttentionGrad(AttentionOp):
 
     def examples(self) -> Sequence[Example]:
         found = []
-        for shape in ((2, 3, 32, 16), (1, 2, 101, 8), (1, 2, 70, 48)):
+        for shape, delta in product(((2, 3, 32, 16), (1, 2, 101, 8), (1, 2, 70, 48)), self.forms):
             q, row = TensorType("f32", shape), TensorType("f32", shape[:3])
-            types = (q, q, q, q, row, row if self.reads_delta else q)
-            found.append(Example(types, {"causal": True, "scale": shape[3] ** -0.5}, _saved(shape, self.reads_delta)))
+            types = (q, q, q, q, row, row if delta else q)
+            found.append(Example(types, {"causal": True, "scale": shape[3] ** -0.5}, _saved(shape, delta)))
         return found
 
 
@@ -176,7 +181,7 @@ class AttentionGradKeysValues(AttentionGrad):
     are computed transposed."""
 
     name = "attention_grad_kv"
-    reads_delta = True
+    forms = (True,)
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         q = _checked(types)
@@ -228,31 +233,35 @@ class AttentionGradKeysValues(AttentionGrad):
 
 @register
 class AttentionGradQueries(AttentionGrad):
-    """dq from the attention's result besides, and delta [B, H, T], the row sums of dout * out (FlashAttention-2, algorithm 2,
-    line 4): one program per block of queries, over the blocks of keys it sees."""
+    """dq: one program per block of queries, over the blocks of keys it sees. Made from the attention's result, delta
+    [B, H, T] comes with it, the row sums of dout * out (FlashAttention-2, algorithm 2, line 4); it may be given instead."""
 
     name = "attention_grad_q"
-    reads_delta = False
+    forms = (False, True)
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         q = _checked(types)
-        return (q, TensorType(q.dtype, q.shape[:3]))
+        return (q, TensorType(q.dtype, q.shape[:3])) if types[5].rank == 4 else (q,)
 
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
-        q, k, _, dout, _, out, *key = operands
-        delta = (dout * out).sum(-1)
+        q, k, _, dout, _, last, *key = operands
+        delta = (dout * last).sum(-1) if last.ndim == 4 else last
         _, ds = self.scores_and_gradients(operands[:5], delta, key, attrs)
-        return ((ds @ k).astype(q.dtype), delta)
+        return ((ds @ k).astype(q.dtype), delta)[: 1 + (last.ndim == 4)]
 
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
-        (q, key, value, dout, lse, out, *drop), (batch, heads, context, width) = read, read[0].type.shape
+        (q, key, value, dout, lse, last, *drop), (batch, heads, context, width) = read, read[0].type.shape
         block_q, block_k = k.order["tile"]
         b, h = k.grid(batch), k.grid(heads)
         blocks = ceil_div(context, block_q)
         first = (blocks - 1 - k.grid(blocks)) * block_q
         i, d = k.dim("i", first, block_q, context), k.axis("d", width)
         queries, dout_i = q(b, h, i, d, rows=i, cols=d), dout(b, h, i, d, rows=i, cols=d)
-        lse_i, delta = lse(b, h, i, rows=i), k.reduce("sum", k.mul(dout_i, out(b, h, i, d, rows=i, cols=d)), 1)
+        lse_i = lse(b, h, i, rows=i)
+        if last.type.rank == 3:
+            delta = last(b, h, i, rows=i)
+        else:
+            delta = k.reduce("sum", k.mul(dout_i, last(b, h, i, d, rows=i, cols=d)), 1)
         scale = op.attrs["scale"]
 
         def block(masked: bool) -> Callable[..., list[Value]]:
@@ -278,4 +287,5 @@ class AttentionGradQueries(AttentionGrad):
         else:
             carried = k.loop(0, ceil_div(context, block_k), carried, block(False))
         write[0](carried[0], b, h, i, d, rows=i, cols=d)
-        write[1](delta, b, h, i, rows=i)
+        if len(write) > 1:
+            write[1](delta, b, h, i, rows=i)
