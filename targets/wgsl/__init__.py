@@ -21,6 +21,6 @@ def choose(options: dict[str, str]) -> Caps:
     return PROFILES[name]
 
 
-TARGETS = (Target("wgsl", choose, emit, lambda plan, files, caps, strict: target_record(plan, caps), print_kernel, live=ADAPTER),)
+TARGETS = (Target("wgsl", choose, emit, lambda plan, files, caps, strict: target_record(plan, caps), print_kernel, ("profile", "device"), live=ADAPTER),)
 
 __all__ = ["PROFILES", "TARGETS", "emit", "print_kernel", "target_record"]
