@@ -37,6 +37,7 @@ class Caps:
     # Kernels see bindings of pools: they begin at multiples of `offset_alignment`, writable ones do not overlap, and no
     # launch both reads and writes a pool, but for buffers it changes in place.
     exclusive_pools: bool = False
+    storage: str = "f32"  # the type in which kernels hand on activations and read matrices of weights; they compute in f32
     subgroup: int = 0  # lanes that every subgroup has at least, a power of two; 0: no subgroup operations
 
     def __post_init__(self) -> None:

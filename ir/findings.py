@@ -11,7 +11,7 @@ from tinygpt.ir.core import Op, Value
 from tinygpt.ir.registry import Pointwise
 from tinygpt.ir.scalar import ARITHMETIC, BITWISE, CONVERSIONS, TRANSCENDENTAL
 from tinygpt.ir.text import NOTE_MARK
-from tinygpt.ir.types import NUMPY_DTYPES
+from tinygpt.ir.types import FLOATS, NUMPY_DTYPES
 
 _NEIGHBOURS = 2  # lines shown before and after one with an error
 _FLOAT_ONLY = ("div", "sqrt", "fma", *TRANSCENDENTAL)
@@ -113,7 +113,7 @@ def primitive_error(name: str, dtypes: list[str]) -> str | None:
         return None if len(dtypes) == 1 else f"{name} takes one operand"
     if len(set(dtypes)) != 1:
         return f"{name} takes operands of one type, not {listed(dtypes)}"
-    if name in _FLOAT_ONLY and dtypes[0] not in ("f32", "f16", "f64"):
+    if name in _FLOAT_ONLY and dtypes[0] not in FLOATS:
         return f"{name} takes floats, not {dtypes[0]}"
     if name in BITWISE and dtypes[0] not in (("i32", "u32") if name in ("shl", "shr") else ("bool", "i32", "u32")):
         return f"{name} takes whole numbers, not {dtypes[0]}"
@@ -135,7 +135,7 @@ def number_error(value: object, dtype: str) -> str | None:
     if dtype in ("i32", "u32"):
         low, high = (-(2**31), 2**31 - 1) if dtype == "i32" else (0, 2**32 - 1)
         return None if isinstance(value, int) and low <= value <= high else f"value {value!r} is no {dtype}"
-    if dtype != "bool" and not abs(float(value)) <= 3.4028235e38:
+    if dtype != "bool" and not abs(float(value)) <= (65504.0 if dtype == "f16" else 3.4028235e38):
         return f"value {value!r} is not a finite {dtype}"
     return None
 

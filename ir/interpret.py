@@ -52,7 +52,7 @@ def run_region(
 ) -> None:
     """Evaluate the ops of a region in place. `launch` evaluates kernel launches and their buffers, when there are any.
 
-    `wide` keeps constants in float64, which rounding to float32 would leave with seven digits."""
+    `wide` keeps constants and what is cast to f32 in float64, which rounding to float32 would leave with seven digits."""
     for op in region.ops:
         operands = [values[v] for v in op.operands]
         if op.name == "group":
@@ -64,6 +64,8 @@ def run_region(
             results = launch(op, operands)
         elif op.name == "constant" and wide and op.attrs["dtype"] == "f32":
             results = (np.asarray(op.attrs["value"], np.float64),)
+        elif op.name == "cast" and wide and op.attrs["dtype"] == "f32":
+            results = (operands[0].astype(np.float64),)
         else:
             results = OPS[op.name].evaluate(operands, dict(op.attrs))
         values.update(zip(op.results, results, strict=True))

@@ -215,7 +215,7 @@ class _Run:
             if not isinstance(definition, Pointwise):
                 raise self.bug(op, f"{op.name} is not an op of the tile level")
             self.formulas[op] = definition.trace([v.type.dtype for v in op.operands], dict(op.attrs))
-        return np.asarray(scalar.evaluate(self.formulas[op], [self.values[v] for v in op.operands]))
+        return np.asarray(scalar.evaluate(self.formulas[op], [self.values[v] for v in op.operands]), self.dtype(op.result.type.dtype))
 
     def reduce(self, op: Op) -> np.ndarray:
         kind, axis, x = op.attrs["kind"], op.attrs["axis"], op.operands[0]

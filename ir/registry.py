@@ -132,7 +132,7 @@ class Pointwise(GraphOp):
         return (TensorType(self.trace([t.dtype for t in types], attrs).dtype, shape),)
 
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
-        dtypes = ["f32" if np.asarray(x).dtype.kind == "f" else dtype_name(x) for x in operands]
+        dtypes = ["f32" if np.asarray(x).dtype == np.float64 else dtype_name(x) for x in operands]
         shape = np.broadcast_shapes(*(np.shape(x) for x in operands))
         return (np.broadcast_to(scalar.evaluate(self.trace(dtypes, attrs), operands), shape),)
 

@@ -227,7 +227,8 @@ def numpy_primitive(op: str, args: Sequence[Any], dtype: str) -> Any:
     """One primitive on numpy values; `dtype` matters for conversions only. float64 operands stay float64."""
     if op == "cast":
         wide = dtype == "f32" and np.asarray(args[0]).dtype == np.float64
-        return np.asarray(args[0]).astype(np.float64 if wide else NUMPY_DTYPES[dtype])
+        with np.errstate(over="ignore"):  # what is too large for f16 becomes infinite
+            return np.asarray(args[0]).astype(np.float64 if wide else NUMPY_DTYPES[dtype])
     if op == "bitcast":
         return np.ascontiguousarray(args[0]).view(NUMPY_DTYPES[dtype]).reshape(np.shape(args[0]))
     return _NUMPY[op](*args)

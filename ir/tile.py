@@ -18,7 +18,7 @@ from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.index import Index
 from tinygpt.ir.registry import OPS, Pointwise
 from tinygpt.ir.storage import Strided
-from tinygpt.ir.types import Dim, TensorType, TileType
+from tinygpt.ir.types import FLOATS, Dim, TensorType, TileType
 
 STRUCTURAL = ("load", "gather", "store", "fill", "iota", "position", "reduce", "dot", "for")
 REDUCTIONS = {"sum": np.sum, "max": np.max}
@@ -96,7 +96,7 @@ class TileBuilder:
         self.emit("store", [buffer, value], None, attrs)
 
     def fill(self, value: float | int, rows: Dim | None = None, cols: Dim | None = None, dtype: str = "f32") -> Value:
-        number = float(value) if dtype == "f32" else int(value)
+        number = float(value) if dtype in FLOATS else int(value)
         return self.pure("fill", [], TileType(dtype, rows, cols), {"value": number})
 
     def iota(self, dim: Dim, axis: int) -> Value:
@@ -244,7 +244,7 @@ def stored_writer(k: TileBuilder, buffer: Value, type: TensorType, storage: Stri
     def write(value: Value, index: tuple[Position, ...], rows: Dim | None, cols: Dim | None) -> None:
         base, strides, rows, cols = address(storage, index, rows, cols)
         if value.type.dims != (rows, cols):
-            value = k.pointwise("add", value, k.fill(0.0 if value.type.dtype == "f32" else 0, rows, cols, value.type.dtype))
+            value = k.pointwise("add", value, k.fill(0, rows, cols, value.type.dtype))
         k.store(buffer, value, base, strides)
 
     return Writer(type, write)

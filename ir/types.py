@@ -14,6 +14,7 @@ NUMPY_DTYPES: dict[str, type] = {
     "f32": np.float32, "f64": np.float64, "f16": np.float16,
     "i32": np.int32, "u32": np.uint32, "bool": np.bool_,
 }  # fmt: skip
+FLOATS = ("f32", "f64", "f16")
 DTYPE_BYTES = {"f32": 4, "f64": 8, "f16": 2, "i32": 4, "u32": 4, "bool": 1}
 
 

@@ -17,7 +17,7 @@ from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.ops import OPS, RowOp
 from tinygpt.ir.storage import Strided
 from tinygpt.ir.tile import Position, Reader, TileBuilder, Writer, stored_reader, stored_writer, transposed
-from tinygpt.ir.types import Dim, TensorType
+from tinygpt.ir.types import DTYPE_BYTES, Dim, TensorType
 from tinygpt.lowering.passes import Pass, register
 from tinygpt.lowering.placement import Place, Placement, Root
 from tinygpt.lowering.schedule import Schedule, choose
@@ -189,7 +189,8 @@ class FunctionTiler:
     def binding_start(self, place: Place) -> int:
         """The element of its buffer at which a launch binds a place: its first, or one before it that is aligned."""
         caps = self.library.caps
-        return place.storage.offset // (caps.offset_alignment // 4) * (caps.offset_alignment // 4) if caps.exclusive_pools else place.storage.offset
+        aligned = caps.offset_alignment // DTYPE_BYTES[place.root.type.dtype]  # elements
+        return place.storage.offset // aligned * aligned if caps.exclusive_pools else place.storage.offset
 
     def binding_starts(self, results: Sequence[Place], aliases: Sequence[int | None]) -> tuple[list[int], list[int]]:
         """Where a launch binds its results, and for each the first result it shares a binding with: where a device forbids
@@ -301,8 +302,14 @@ class GroupTiler:
     def reader(self, value: Value) -> Reader:
         """How to read any value of the group by index: from its buffer, or computed from what it is made of."""
         if value not in self.readers:
-            self.readers[value] = Reader(value.type, lambda index, rows, cols: self.computed(value, index, rows, cols))
+            self.readers[value] = Reader(value.type, lambda index, rows, cols: self.computed(value, index, rows, cols), lambda *at: self.picked(value, *at))
         return self.readers[value]
+
+    def picked(self, value: Value, rows: Value, cols: Dim) -> Value:
+        """Rows, picked by number, of a matrix that is computed from stored ones of its shape and from constants."""
+        op = self.made[value]
+        operands = [self.reader(v).gather(rows, cols) if v.type.rank else self.computed(v, (), None, None) for v in op.operands]
+        return self.k.pointwise(op.name, *operands, **op.attrs)
 
     def computed(self, value: Value, index: tuple[Position, ...], rows: Dim | None, cols: Dim | None) -> Value:
         op = self.made[value]
@@ -335,11 +342,15 @@ class GroupTiler:
         assert root is not None
         after = {root, *(op for op in self.region.ops if self.depends(op, root) or any(r in self.writers for r in op.results))}
 
+        finished: dict[Op, Value] = {}  # which result an op was computed behind
+
         def writer(result: Value) -> Writer:
             def write(tile: Value, index: tuple[Position, ...], rows: Dim | None, cols: Dim | None) -> None:
                 self.readers[result] = Reader(result.type, lambda *_: tile)
                 for op in self.region.ops:
-                    if op in after and op is not root and all(v in self.readers or v not in self.made or self.made[v] not in after for v in op.operands):
+                    is_due = op in after and op is not root and finished.get(op, result) is result
+                    if is_due and all(v in self.readers or v not in self.made or self.made[v] not in after for v in op.operands):
+                        finished[op] = result
                         self.finish_pointwise(op, result.type, index, rows, cols)
                 if result in self.writers:
                     self.writers[result](tile, *index, rows=rows, cols=cols)
@@ -372,7 +383,7 @@ class GroupTiler:
         c = self.column_dim(space)
         for op in self.region.ops:
             kind = OPS[op.name].kind
-            if kind == "view" or (kind == "pointwise" and not op.operands):
+            if kind == "view" or (kind == "pointwise" and (not op.operands or self.is_widening(op))):
                 continue
             if kind == "rows":
                 tiles = OPS[op.name].rows(self.k, op, lead, i, [self.reader(v) for v in op.operands])  # type: ignore[attr-defined]
@@ -384,6 +395,12 @@ class GroupTiler:
                 if value in self.writers:
                     index = self.row_index(value.type, lead, c, space)
                     self.writers[value](tile, *index, rows=i if i in index else None, cols=c if c in index else None)
+
+    def is_widening(self, op: Op) -> bool:
+        """Whether the op only turns what is kept narrow into the number that it stands for: whoever needs it does that
+        while reading, at an index of its own."""
+        narrow = [v.type.dtype == "f16" if v not in self.made else self.is_widening(self.made[v]) for v in op.operands if v.type.rank]
+        return OPS[op.name].kind == "pointwise" and bool(narrow) and all(narrow) and op.result not in self.writers
 
     def fixed_reader(self, type: TensorType, tile: Value) -> Reader:
         return Reader(type, lambda *_: tile)

@@ -27,6 +27,7 @@ _AGAIN = "compile the bundle again: tinygpt compile CONFIG --target wgsl --out D
 _FEATURES = {"subgroups": "subgroup"}  # features whose name in wgpu is not the specification's
 _ADAPTERS = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "CPU", "Unknown")  # best first
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
+_EVERYWHERE = "webgpu-default, and with dtype f32"  # what every device has
 _SMALLEST_SUBGROUP = 4  # lanes, by the specification
 _SUBGROUP_LANES = {0x10DE: 32, 0x1002: 32, 0x106B: 32, 0x8086: 8}  # by PCI vendor: NVIDIA, AMD (32 or 64), Apple, Intel (8 to 32)
 _VECTOR_BYTES = 16
@@ -353,7 +354,7 @@ def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
             return adapter.request_device_sync(required_features=wanted, required_limits=dict(record.limits))
         except (wgpu.GPUError, RuntimeError) as error:
             reasons.append(f"{adapter.info['device']}: {error}")
-    raise UserError(f"bundle {folder}: no device has what it needs: {'; '.join(reasons)}", hint="compile for the profile webgpu-default")
+    raise UserError(f"bundle {folder}: no device has what it needs: {'; '.join(reasons)}", hint=f"compile for the profile {_EVERYWHERE}")
 
 
 def _subgroup_lanes(adapter: Any) -> int:

@@ -23,7 +23,7 @@ Files = Mapping[str, str | bytes]
 class Target:
     """What the compiler needs to know of a target.
 
-    `choose` picks the profile for `--set` options (it removes the ones it knows); `emit` turns a plan into the bundle's
+    `choose` picks the profile for `--set` options (it removes the ones it knows, which are called `options`); `emit` turns a plan into the bundle's
     files, given the manifest so far; `record` is manifest["target"]. `source` is a loop kernel as people read it in this
     target's language; `local` are the options that suit the engine which runs the target in this process. `live` names the
     profile that is read from a device: with `profile` that, the option `device` describes one, as JSON."""
@@ -33,6 +33,7 @@ class Target:
     emit: Callable[[Plan, Mapping[str, Any], Caps, bool], Files]
     record: Callable[[Plan, Files, Caps, bool], dict[str, Any]]
     source: Callable[[Kernel, Caps], str]
+    options: tuple[str, ...]
     local: Mapping[str, str] = field(default_factory=dict)
     live: str = ""
 

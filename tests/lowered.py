@@ -91,8 +91,8 @@ def random_buffers(kernel: Kernel, rng: np.random.Generator, below: int = 4) -> 
     """Contents for a kernel's buffers: positive floats, small integers."""
     found: list[np.ndarray] = []
     for v in kernel.params:
-        if v.type.dtype == "f32":
-            found.append((np.abs(rng.standard_normal(v.type.size)) + 0.1).astype(np.float32))
+        if v.type.dtype in ("f32", "f16"):
+            found.append((np.abs(rng.standard_normal(v.type.size)) + 0.1).astype(NUMPY_DTYPES[v.type.dtype]))
         else:
             found.append(rng.integers(0, below, v.type.size).astype({"i32": np.int32, "u32": np.uint32}[v.type.dtype]))
     return found

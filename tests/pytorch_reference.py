@@ -4,7 +4,7 @@ which targets can be compared with it here."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -74,6 +74,13 @@ def train(reference: TinyGPT, batches: Iterable[Batch], lr: float) -> list[tuple
         optimizer.step()
         rows.append((loss.item(), norm.item()))
     return rows
+
+
+def trained_side_by_side(session: Session, config: ModelConfig, batches: Sequence[Batch], lr: float) -> tuple[Array, Array]:
+    """Loss and gradient norm of each step, of the session and of the reference model, both from spread weights."""
+    weights = spread_weights(session, 3)
+    wanted = np.array(train(model(config, weights), batches, lr))
+    return np.array([session.train_step(*batch, lr=lr) for batch in batches]), wanted
 
 
 def assert_gradients_agree(found: Mapping[str, Array], wanted: Mapping[str, Array], tolerance: float = GRADIENT_TOLERANCE) -> None:

@@ -69,7 +69,7 @@ def test_from_refuses_what_is_no_dump_of_this_model(tinygpt: CommandLine, compil
     (tinygpt.folder / "stages/09-fuse.tir").write_text(text[: len(text) // 2])
     assert "09-fuse.tir" in tinygpt.refused(*plan, "stages/09-fuse.tir")
     (tinygpt.folder / "stages/00-captured.tir").unlink()
-    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/10-tile.tir")
+    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/11-tile.tir")
 
 
 def test_settings_are_fields_of_the_config_or_options_of_the_target(tinygpt: CommandLine) -> None:
@@ -79,6 +79,8 @@ def test_settings_are_fields_of_the_config_or_options_of_the_target(tinygpt: Com
     config = dict(manifest.config or {})
     assert (config["n_layers"], config["d_model"], config["d_mlp"]) == (2, 32, 128)
     assert manifest.target["profile"] == "baseline" and manifest.target["options"] == {"profile": "baseline"}
+    assert "dtype=f16 is an option of the target wgsl" in tinygpt.refused("compile", "mini.json", "--plan-only", "--set", "dtype=f16")
+    assert "options of wgsl: profile, device, dtype" in tinygpt.refused("compile", "mini.json", "--plan-only", "--target", "wgsl", "--set", "threads=2")
     assert "nearest field is 'n_layers'" in tinygpt.refused("compile", "mini.json", "--plan-only", "--set", "n_layer=3")
     assert "no profile" in tinygpt.refused("compile", "mini.json", "--plan-only", "--set", "profile=fast")
     assert "n_heads" in tinygpt.refused("compile", "mini.json", "--plan-only", "--set", "n_heads=5")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.chromium import page_result, script_result
+from tests.cli import CONFIG
 from tests.lowered import passes_until, small_model
 from tests.test_cpu_strategy import CASES, op_kernels
 from tests.wgsl_device import device
@@ -25,8 +27,9 @@ from tinygpt.runtime.data import Corpus
 from tinygpt.runtime.sampling import Sampling
 from tinygpt.runtime.training import train
 from tinygpt.targets.wgsl.printer import print_kernel
-from tinygpt.targets.wgsl.profiles import DEFAULT, SUBGROUPS
+from tinygpt.targets.wgsl.profiles import DEFAULT, F16, SUBGROUPS
 
+NARROW = replace(F16, storage="f16")
 STEPS = 20
 CORPUS = Corpus("text", "", np.random.default_rng(5).integers(97, 123, 2000).astype(np.uint8))
 
@@ -126,6 +129,11 @@ TINT = """
     };
     return (await Promise.all(SHADERS.map(check))).filter(([, errors]) => errors.length);
 """
+# Opening a bundle on a device that lacks what it asks for.
+OPEN = """
+    const { open } = await import("./tinygpt.mjs");
+    return open(new URL("..", location)).then(() => "nothing", (error) => [error.name, error.message, error.hint]);
+"""
 TRIED = {"init", "windows", "train_step", "loss", "logits"}  # functions of tiny that run in Chromium here
 Shader = tuple[str, str, list[str]]
 
@@ -222,10 +230,16 @@ def untried_shaders(bundle: Bundle) -> list[Shader]:
     ]
 
 
+def read_as_f32(found: list[Shader]) -> list[Shader]:
+    """Shaders with every f16 an f32: what this browser's device, which has none, can be asked about."""
+    return [(name, code.replace("enable f16;", "").replace("f16", "f32"), access) for name, code, access in found]
+
+
 SOURCES: dict[str, Callable[[Bundle], list[Shader]]] = {
     "presets": lambda bundle: [*untried_shaders(bundle), *shaders(module_for("small"))],
     "odd": lambda bundle: shaders(small_model()),
     "subgroups": lambda bundle: shaders(small_model(), SUBGROUPS),
+    "f16": lambda bundle: read_as_f32(shaders(small_model(), NARROW)),
     "ops": lambda bundle: op_shaders(),
 }
 
@@ -235,6 +249,19 @@ def test_tint_takes_every_shader(bundle: Bundle, source: str, tmp_path: Path) ->
     found = SOURCES[source](bundle)
     assert len(found) > 50
     assert refused(bundle, found, tmp_path / "profile") == {}
+
+
+def test_tint_reads_shaders_with_f16_and_misses_the_feature_alone(bundle: Bundle, tmp_path: Path) -> None:
+    found = [shader for shader in shaders(small_model(), NARROW) if "enable f16;" in shader[1]]
+    said = refused(bundle, found, tmp_path / "profile")
+    assert len(found) > 30 and said.keys() == {name for name, _, _ in found}
+    assert {message for errors in said.values() for message in errors} == {"extension 'f16' is not allowed in the current environment"}
+
+
+def test_a_bundle_with_f16_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    narrow = compile(CONFIG, "wgsl", 1, 8, out=tmp_path / "b", options={"dtype": "f16"})
+    kind, message, hint = script_result(narrow, OPEN, tmp_path / "profile")
+    assert kind == "UserError" and "lacks feature shader-f16" in message and "dtype f32" in hint
 
 
 def test_tint_refuses_what_it_should(bundle: Bundle, tmp_path: Path) -> None:

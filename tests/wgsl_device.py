@@ -3,9 +3,14 @@ on it from numpy arrays. Without a driver a test fails where CI is set, and skip
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +52,38 @@ def device(features: frozenset[str] = frozenset()) -> Any:
     pytest.skip(f"no Vulkan driver: {INSTALL}")
 
 
+VALIDATE = """
+import json, sys, wgpu
+adapter = next(a for a in wgpu.gpu.enumerate_adapters_sync() if a.info["backend_type"] == "Vulkan")
+device = adapter.request_device_sync(required_features=json.loads(sys.argv[1]))
+for path in sys.argv[2:]:
+    try:
+        device.create_shader_module(code=open(path).read())
+    except wgpu.GPUError as error:
+        sys.exit(f"{path}: {error}")
+"""
+
+
+def refused_by_naga(shaders: Iterable[Path], features: frozenset[str] = frozenset()) -> str:
+    """What naga has against the first shader it refuses. In a child process: it can abort."""
+    command = [sys.executable, "-c", VALIDATE, json.dumps(wgpu_features(features)), *sorted(map(str, shaders))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr or "naga ended without a word" if done.returncode else ""
+
+
+def assert_bindings_obey_the_rules(target: Mapping[str, Any]) -> None:
+    """No launch of a bundle reads and writes one pool, or writes one place twice; what it binds is aligned."""
+    for launched in (launch for launches in target["functions"].values() for launch in launches):
+        access = target["kernels"][launched["kernel"]]["access"]
+        assert len(access) <= 8
+        bound = list(zip(access, launched["bindings"], strict=True))
+        read = {pool for a, (pool, _, _) in bound if a == "in"}
+        written = [b for a, b in bound if a != "in"]
+        assert not read & {pool for pool, _, _ in written}
+        assert all(offset % 256 == 0 and size % 16 == 0 for _, (_, offset, size) in bound)
+        assert all(p != q or a + m <= b or b + n <= a for (p, a, m), (q, b, n) in combinations(written, 2))
+
+
 def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
     """Run a loop-level kernel over flat buffers, one per parameter, which it changes in place."""
     import wgpu
@@ -65,7 +102,7 @@ def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
     found = []
     for array in buffers:
         found.append(gpu.create_buffer(size=-(-array.nbytes // 16) * 16, usage=usage))
-        gpu.queue.write_buffer(found[-1], 0, np.ascontiguousarray(array))
+        gpu.queue.write_buffer(found[-1], 0, array.tobytes() + bytes(-array.nbytes % 4))  # copies are of whole words
     entries = [{"binding": n, "resource": {"buffer": b, "offset": 0, "size": b.size}} for n, b in enumerate(found)]
     group = gpu.create_bind_group(layout=layout, entries=entries)
     encoder = gpu.create_command_encoder()
@@ -77,7 +114,7 @@ def run(kernel: Kernel, caps: Caps, buffers: Sequence[NDArray[Any]]) -> None:
     gpu.queue.submit([encoder.finish()])
     for array, buffer, access in zip(buffers, found, kernel.access, strict=True):
         if access != "in":
-            array[:] = np.frombuffer(gpu.queue.read_buffer(buffer, 0, array.nbytes), array.dtype)
+            array[:] = np.frombuffer(gpu.queue.read_buffer(buffer), array.dtype)[: array.size]
 
 
 def launch(kernel: Kernel, buffers: Sequence[NDArray[Any]], caps: Caps = DEFAULT) -> None:

@@ -26,6 +26,9 @@ LR, STEP = 3e-3, 1e-4
 # float64, but for constants that a pass has rounded to float32 (the scale behind dropout).
 TOLERANCE = 2e-7
 LOOP_TOLERANCE = 2e-4
+# Where activations are kept in f16: gradients are sums of numbers that are off by 2^-11 each. Of small models, the one that
+# was furthest off by 7e-3 was that of a key's bias, which is zero but for rounding.
+NARROW_TOLERANCE = 2e-2
 _DIFFERENCE_TOLERANCE = 1e-5  # of a directional derivative by central differences
 
 Arrays = dict[str, np.ndarray]
@@ -88,7 +91,8 @@ class StageChecker:
         if name not in self.reference:
             self._trust(stage, name, found)
             self.reference[name] = found
-        limit = LOOP_TOLERANCE if stage.level == "loop" else TOLERANCE
+        rounded = any(r.type.dtype == "f16" for op in stage.module.functions[name].body.ops for r in op.results)
+        limit = NARROW_TOLERANCE if rounded else LOOP_TOLERANCE if stage.level == "loop" else TOLERANCE
         for result, expected in self.reference[name].items():
             if result not in found:
                 continue

@@ -143,7 +143,7 @@ def _checked(name: str, kind: str, value: Any) -> Any:
             )
         return float(value)
     if name == "dtype" and value != "float32":
-        raise UserError(f"model config: dtype is {_kind(value)}", hint='weights are "float32"')
+        raise UserError(f"model config: dtype is {_kind(value)}", hint='weights are "float32"; --set dtype=f16 is an option of the target wgsl')
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise UserError(
             f"model config: {name} is {_kind(value)}",

@@ -10,6 +10,7 @@ import { UserError } from "./tinygpt.mjs";
 const AGAIN = "compile the bundle again: tinygpt compile CONFIG --target wgsl --out DIR";
 const RESTART = "start again from the last checkpoint; if that fails too, with a smaller --batch";
 const ANOTHER = "take a browser with WebGPU and a graphics driver, or compile for wasm32";
+const EVERYWHERE = "compile for the profile webgpu-default, and with dtype f32"; // what every device has
 const LARGEST = 2 ** 40; // bytes of a pool
 const WORD = 4; // bytes; what is copied is a multiple of it
 const VECTOR = 16; // bytes; a binding holds whole vectors
@@ -77,7 +78,7 @@ export class GpuEngine {
     }
     const lanes = adapter.info?.subgroupMinSize ?? SMALLEST_SUBGROUP;
     if (!(lanes >= target.subgroup)) missing.push(`subgroups of ${target.subgroup} lanes (it has some of ${lanes})`);
-    if (missing.length) throw refuse(`${describe(adapter)} lacks ${missing.join(", ")}`, "compile for the profile webgpu-default");
+    if (missing.length) throw refuse(`${describe(adapter)} lacks ${missing.join(", ")}`, EVERYWHERE);
     let device;
     try {
       device = await adapter.requestDevice({ requiredFeatures: target.features, requiredLimits: limits });

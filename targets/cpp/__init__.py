@@ -20,6 +20,6 @@ def choose(options: dict[str, str]) -> Caps:
     return PROFILES[name]
 
 
-TARGETS = (Target("cpp", choose, emit, lambda plan, files, caps, strict: target_record(files, caps, strict), print_kernel),)
+TARGETS = (Target("cpp", choose, emit, lambda plan, files, caps, strict: target_record(files, caps, strict), print_kernel, ("profile",)),)
 
 __all__ = ["PROFILES", "TARGETS", "emit", "print_kernel", "target_record"]

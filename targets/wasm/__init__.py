@@ -47,6 +47,7 @@ TARGETS = tuple(
         lambda plan, files, caps, strict: target_record(plan, caps, strict),
         local={"engine": "wasmtime"},
         source=kernel_text,
+        options=("engine", "threads", "relaxed"),
     )
     for name in ("wasm32", "wasm64")
 )

@@ -127,7 +127,8 @@ class KernelPrinter:
             *self.grid_ids(),
             *(f"  let {name} = {text};" for text, name in self.heads.items()),
         ]
-        pieces = [self.comment(), bindings, shared, [*head, *body, "}"]]
+        directives = ["enable f16;"] if any(v.type.dtype == "f16" for v in self.kernel.params) else []
+        pieces = [self.comment(), directives, bindings, shared, [*head, *body, "}"]]
         return "\n\n".join("\n".join(p) for p in pieces if p) + "\n"
 
     def comment(self) -> list[str]:
@@ -436,5 +437,10 @@ def literal(value: float | int, dtype: str) -> str:
             if not np.isfinite(number):
                 raise CompilerBug(f"WGSL has no literal for {number}")
             return f"{number!s}f" if number >= 0 else f"({number!s}f)"
+        case "f16":
+            half = np.float16(value)
+            if not np.isfinite(half):
+                raise CompilerBug(f"WGSL has no literal for {half}")
+            return f"{half!s}h" if half >= 0 else f"({half!s}h)"
     raise CompilerBug(f"the wgsl target has no {dtype}")
 

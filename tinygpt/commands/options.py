@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def profile(args: Namespace, *, local: bool = False) -> tuple[Caps, dict[str, st
     from tinygpt.targets import target
 
     device = target(args.target)
-    fields, options = _split(args.settings)
+    fields, options = _split(args.settings, device.options)
     given = settled(args.target, dict(device.local) | options if local else options)
     left = dict(given)
     caps = device.choose(left)
@@ -134,15 +134,15 @@ def profile(args: Namespace, *, local: bool = False) -> tuple[Caps, dict[str, st
         raise UserError(
             f"--set {key}: neither a field of the config nor an option of {args.target}; "
             f"the nearest field is {nearest(key, FIELDS)!r}",
-            hint=f"fields: {', '.join(FIELDS)}; options: profile (cpp, wgsl); device (wgsl); engine, threads, relaxed (wasm)",
+            hint=f"fields: {', '.join(FIELDS)}; options of {args.target}: {', '.join(device.options)}",
         )
     return caps, given, fields
 
 
-def _split(settings: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings by what they are: fields of the config, as JSON values, and options of the target."""
-    fields = {key: _value(value) for key, value in settings if key in FIELDS}
-    return fields, {key: value for key, value in settings if key not in FIELDS}
+def _split(settings: list[tuple[str, str]], known: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings by what they are: fields of the config, as JSON values, and options of the target, which knows some."""
+    fields = {key: _value(value) for key, value in settings if key in FIELDS and key not in known}
+    return fields, {key: value for key, value in settings if key not in fields}
 
 
 def _value(text: str) -> Any:
