@@ -93,6 +93,11 @@ class SegmentLowering(CpuValues):
         """Write values to homes in scratch."""
         self.run_items([Item("keep", value, None, home) for value, home in pairs], (), None)
 
+    def number(self, value: Value) -> Value:
+        """A tile without axes, as a number, between two segments."""
+        self.inside, self.levels, self.crossing = (), {}, {}
+        return self.value(value, Point(1, Index.of(0), Index.of(0), 1, 0))
+
     def run_items(self, items: list[Item], inside: Collection[Op], window: Window | None) -> None:
         if not items:
             return
@@ -469,7 +474,8 @@ class SegmentLowering(CpuValues):
             rows, cols = op.attrs["strides"]
             if op.name == "gather":
                 row = self.value(op.operands[1], point)
-                base = self.at(op.attrs["base"]) + self.at(op.results[0].type.cols.start) * cols
+                columns = op.results[0].type.cols
+                base = self.at(op.attrs["base"]) + (self.at(columns.start) * cols if columns else 0)
                 point.outer[key] = self.b.advance(self.buffers[op.operands[0]], base, row, rows, hint="row")
             else:
                 step = point.row * rows if point.inner_axis == 1 else point.col * cols
