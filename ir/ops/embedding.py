@@ -16,7 +16,9 @@ from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, RowOp, re
 from tinygpt.ir.tile import Position, Readers, TileBuilder, Writers
 from tinygpt.ir.types import Dim, TensorType
 
-SMALL_VOCABULARY = 1024
+# Steps of a one-layer model in C++ on two cores, with sums in place of the product: at a vocabulary of 512 they take 0.97 of
+# the time (width 256, 512 positions) to 1.02 (width 64, 4096 positions), at 1024 0.93 to 0.95, at 50,304 0.77.
+SMALL_VOCABULARY = 512
 MOST_POSITIONS = 1 << 24  # that are counted in float32 without rounding
 
 
@@ -215,8 +217,9 @@ class SegmentStarts(Counting):
 
 @register
 class SegmentSum(GraphOp):
-    """Sums of rows of dy [M, C], for tokens `first` to `first` + `rows`: row v is the sum of dy[order[r]] over the ranks r
-    from starts[first + v] to starts[first + v + 1], in that order. One sort so serves any pieces of a vocabulary."""
+    """Row v, of token first + v, is the sum of dy[order[r]] for r from starts[first + v] to starts[first + v + 1], in that order.
+
+    One sort so serves any pieces of a vocabulary: order is [M], starts [vocabulary + 1], dy [M, C], the result [rows, C]."""
 
     name = "segment_sum"
     pattern = "segments"
