@@ -60,6 +60,10 @@ class Point:
 class SegmentLowering(CpuValues):
     """Lowers segments."""
 
+    inside: Collection[Op]  # the ops of the segment being lowered
+    levels: dict[Value, int]
+    crossing: dict[Value, Stored]  # what is computed at one level and read at a later one
+
     def segment(self, ops: Sequence[Op], window: Window | None = None) -> None:
         """Lower a run of pointwise ops, reductions and stores."""
         if not ops:
@@ -102,7 +106,7 @@ class SegmentLowering(CpuValues):
         if not items:
             return
         self.inside = inside
-        self.levels: dict[Value, int] = {}
+        self.levels = {}
         axes = {op.attrs["axis"] for op in inside if op.name == "reduce"}
         if len(axes) > 1:
             raise CompilerBug(f"{self.kernel.name}: a segment reduces along both axes")

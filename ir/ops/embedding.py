@@ -191,7 +191,10 @@ class InversePermutation(Counting):
         return k.pointwise("where", hit, k.pointwise("cast", k.iota(c, 1), dtype="f32"), k.fill(0.0))
 
     def examples(self) -> Sequence[Example]:
-        return [Example((TensorType("i32", (m,)),), {}, lambda rng, m=m: [rng.permutation(m).astype(np.int32)]) for m in (5, 70)]
+        def drawn(m: int) -> Example:
+            return Example((TensorType("i32", (m,)),), {}, lambda rng: [rng.permutation(m).astype(np.int32)])
+
+        return [drawn(5), drawn(70)]
 
 
 @register
