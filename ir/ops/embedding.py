@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tinygpt.ir.core import Op, Value
+from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, RowOp, register, token_example
 from tinygpt.ir.tile import Position, Readers, TileBuilder, Writers
@@ -128,7 +129,7 @@ class Counting(GraphOp):
 
     def term(self, k: TileBuilder, i: Dim, c: Dim, read: Readers) -> Value:
         """The terms of elements i from positions c, an f32 tile <i, c>."""
-        raise NotImplementedError
+        raise CompilerBug(f"{self.name} does not say what it counts")
 
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
         positions, (count,) = read[0].type.size, write[0].type.shape
