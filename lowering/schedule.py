@@ -175,8 +175,8 @@ def gpu_counting(extents: Mapping[str, int], caps: Caps) -> Schedule:
 
 
 def gpu_segments(extents: Mapping[str, int], caps: Caps) -> Schedule:
-    """A row of the result for each workgroup, as many threads as it has vectors of four: most sums have few terms or none."""
-    along = threads_along(extents["columns"], 256)
+    """A row of the result for each workgroup, a thread for each vector of four: most sums have few terms or none."""
+    along = min(256, 32 * ceil_div(extents["columns"], 128))
     return Schedule({"tile": (1, extents["columns"]), "threads": (1, along)}, {})
 
 
