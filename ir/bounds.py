@@ -3,7 +3,7 @@
 Every address is an Index expression, so its least and greatest value follow from the ranges of grid ids, threads and
 loop variables. Where that is too wide, the conditions around the access are used: inside `if left < right` the number
 right - left - 1 is not negative, so any positive multiple of it may be added to what is to be shown small. An address
-that depends on data (a row picked by number) is never proved."""
+that depends on data (a row picked by number) is never proved, unless the number was bound to a range."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def _unproved(region: Region, ranges: Ranges, spare: Sequence[Index], places: di
             case "load" | "store":
                 if not _is_inside(op, ranges, spare, places):
                     yield op
+            case "bind":
+                ranges = {**ranges, op.attrs["var"]: (op.attrs["lo"], op.attrs["hi"])}
             case "for":
                 low, high = Index.of(op.attrs["lo"]), Index.of(op.attrs["hi"])
                 variable = Index.variable(op.attrs["var"])

@@ -109,6 +109,9 @@ class _PythonWriter:
                     pass
                 case "for":
                     self.loop(op, indent)
+                case "bind":
+                    number, attrs = self.get(op, op.operands[0]), op.attrs
+                    self.lines.append(f"{indent}{attrs['var']} = min(max(int({number}), {attrs['lo']}), {attrs['hi']})")
                 case "if":
                     self.branch(op, indent)
                 case "outline":

@@ -125,6 +125,7 @@ class _Run:
         self.structural: dict[str, Callable[[Op], Any]] = {
             "load": self.load, "gather": self.gather, "store": self.store, "fill": self.fill, "iota": self.iota,
             "position": self.position, "reduce": self.reduce, "dot": self.dot, "for": self.loop,
+            "bind": self.bind,
         }  # fmt: skip
 
     def point(self, number: int, point: tuple[int, ...]) -> None:
@@ -231,6 +232,9 @@ class _Run:
         live = self.live(a.type.cols)
         total: np.ndarray = self.values[acc] + self.values[a][:, :live] @ self.values[b][:live]
         return total
+
+    def bind(self, op: Op) -> None:
+        self.indices[op.attrs["var"]] = min(max(int(self.values[op.operands[0]][0, 0]), op.attrs["lo"]), op.attrs["hi"])
 
     def loop(self, op: Op) -> None:
         (body,) = op.regions

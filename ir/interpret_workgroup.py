@@ -152,7 +152,8 @@ class _Workgroups:
         self.rules: dict[str, Callable[[Op], Any]] = {
             "const": self.const, "index": self.index, "lanes": self.lanes, "shared": self.piece, "advance": self.advance, "load": self.load,
             "store": self.store, "splat": self.splat, "extract": self.extract, "join": self.join, "fold": self.fold,
-            "subgroup_fold": self.subgroup_fold, "barrier": self.barrier, "for": self.loop, "if": self.branch, "note": lambda op: None,
+            "subgroup_fold": self.subgroup_fold, "barrier": self.barrier, "for": self.loop, "if": self.branch,
+            "bind": self.bind, "note": lambda op: None,
         }  # fmt: skip
 
     def bug(self, op: Op, message: str) -> CompilerBug:
@@ -313,6 +314,9 @@ class _Workgroups:
         condition = _COMPARE[op.attrs["compare"]](self.at(op.attrs["left"]), self.at(op.attrs["right"]))
         for held, region in zip((condition, ~np.asarray(condition)), op.regions, strict=False):
             self.within(held, partial(self.region, region))
+
+    def bind(self, op: Op) -> None:
+        self.indices[op.attrs["var"]] = np.clip(self.values[op.operands[0]].astype(np.int64), op.attrs["lo"], op.attrs["hi"])
 
     def loop(self, op: Op) -> None:
         """Threads with fewer trips than others sit out the rest, and keep what they carry."""

@@ -16,6 +16,8 @@ Ops (operands -> result {attributes}); an address is `at` elements from a pointe
   for(carried) -> carried {var, lo, hi, step}    if {left, compare, right} (one or two regions, no results)
   outline(operands) {name, indices}       its region, as a function of its own where that helps the engine's register
                                           allocation; `indices` are the index variables it uses
+  bind(x) {var, lo, hi}                   the index variable `var`, from here to the end of the region, is the i32 number x,
+                                          or lo or hi (numbers, inclusive) where it lies outside of them
   note {text}                             a comment
   barrier                                 (workgroup targets) all threads have written before any goes on to read
   subgroup_fold(x) {kind, width}          (workgroup targets) sum or max over the `width` threads with the same thread // width,
@@ -36,7 +38,7 @@ from tinygpt.ir.types import NUMPY_DTYPES, PointerType, ScalarType, VectorType
 
 MEMORY = ("scratch", "shared", "advance", "load", "store")
 VECTOR = ("const", "index", "lanes", "splat", "extract", "join", "broadcast_lane", "interleave", "fold", "subgroup_fold")
-CONTROL = ("for", "if", "outline", "note", "barrier")
+CONTROL = ("for", "if", "outline", "bind", "note", "barrier")
 LOOP_OPS = (*MEMORY, *VECTOR, *CONTROL, *PRIMITIVES, *TRANSCENDENTAL)
 
 Register = ScalarType | VectorType
@@ -190,6 +192,12 @@ class LoopBuilder:
         results = tuple(Value(v.type, v.hint) for v in carried)
         self._ops[-1].append(Op("for", tuple(carried), results, {"var": name, "lo": low, "hi": high, "step": step}, (region,)))
         return list(results)
+
+    def bind(self, number: Value, low: int, high: int, stem: str = "s") -> Index:
+        """A number that is known at run time only as an index variable; one outside of low..high is moved there."""
+        name = self.name(stem)
+        self.emit("bind", [number], None, var=name, lo=low, hi=high)
+        return Index.variable(name)
 
     def when(self, left: Index, compare: str, right: Index | int, body: Callable[[], None]) -> None:
         """if left `compare` right: body. `compare` is one of lt, le, gt, ge, eq, ne."""

@@ -1,7 +1,7 @@
 """The tile level: one program instance per grid point, working on small static tiles. Target-neutral.
 
 A tile has at most two axes, each a named `Dim` that knows where it ends, so bounds need no masks in the program.
-Primitives: load, gather, store, fill, iota, position, pointwise ops (by their registered name), reduce, dot, for.
+Primitives: load, gather, store, fill, iota, position, pointwise ops (by their registered name), reduce, dot, for, bind.
 A load or store addresses element (r, c) of its tile at `base + (start_r + r)*strides[0] + (start_c + c)*strides[1]`;
 a transposed operand is a pair of swapped strides, a broadcast is a missing axis."""
 
@@ -20,7 +20,7 @@ from tinygpt.ir.registry import OPS, Pointwise
 from tinygpt.ir.storage import Strided
 from tinygpt.ir.types import FLOATS, Dim, TensorType, TileType
 
-STRUCTURAL = ("load", "gather", "store", "fill", "iota", "position", "reduce", "dot", "for")
+STRUCTURAL = ("load", "gather", "store", "fill", "iota", "position", "reduce", "dot", "for", "bind")
 REDUCTIONS = {"sum": np.sum, "max": np.max}
 IDENTITY = {"sum": 0.0, "max": -3.0e38}
 MASKED_SCORE = -1.0e30  # finite: an infinity would turn into NaN in m - m
@@ -37,7 +37,7 @@ class TileBuilder:
         self.access: list[str] = []
         self.extents: dict[str, int] = {}
         self.dims: dict[str, Dim] = {}
-        self.loops = 0
+        self.loops = self.numbers = 0
         self._ops: list[list[Op]] = [[]]
         self._known: list[dict[Any, Value]] = [{}]
 
@@ -169,6 +169,14 @@ class TileBuilder:
         attrs = {"var": name, "lo": low, "hi": high}
         self._ops[-1].append(Op("for", tuple(carried), results, attrs, (region,)))
         return list(results)
+
+    def bind(self, number: Value, low: int, high: int) -> Index:
+        """A number that is known at run time only, an i32 tile `<_, _>`, as an index variable: for the bounds of a loop, a
+        base, the start of an axis. One outside of low..high (inclusive) is moved there, so that what is proved holds."""
+        self.numbers += 1
+        name = f"s{self.numbers}"
+        self.emit("bind", [number], None, {"var": name, "lo": low, "hi": high})
+        return Index.variable(name)
 
     def finish(self) -> Kernel:
         used = {d for op in Region(ops=tuple(self._ops[0])).walk() for d in op_dims(op)}

@@ -18,6 +18,8 @@ Tile kernels
 - Pointwise ops are registered formulas; axes of operands are equal or missing. `dot` contracts equal axes, and its
   accumulator has the type of its result. `reduce` drops its axis.
 - A loop carries the same types in, around and out. Index variables are bound once in a kernel.
+- A `bind` names a number from memory, and is visible in its region. A loop with such a number in its bounds contains no
+  `dot` and no `reduce`: the threads of a workgroup meet in these, and a device cannot know that all make the same trips.
 - Loads and gathers read "in" and "inout" buffers, stores write "out" and "inout" ones, in the buffer's element type.
 - Every address of a live element is provably inside its buffer, for every grid point and trip. (The row a gather picks
   is data: the host checks tokens before a step. The proof covers the rest of the address.)
@@ -27,7 +29,7 @@ Tile kernels
 Loop kernels
 - Ops are those of ir/loop.py, with the operands, attributes and types stated there. Pointers keep their space and
   element type; no store goes to an "in" buffer. An outlined region sees its operands and named indices only.
-- No branch or loop around a barrier or a subgroup operation depends on the thread. That threads of a workgroup touch no
+- No branch or loop around a barrier or a subgroup operation depends on the thread, or on a number from memory. That threads of a workgroup touch no
   memory of each other without a barrier between, and read none that nobody stored, is checked by the interpreter
   (ir/interpret_workgroup.py).
 - For a profile: vectors have its lanes, transcendentals are its native ones, workgroup ops and memory fit it.

@@ -27,7 +27,7 @@ _FORMS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "load": (1, 1, ("at",)), "store": (2, 0, ("at",)), "extract": (1, 1, ("lane",)),
     "broadcast_lane": (1, 1, ("lane",)), "interleave": (2, 1, ("half",)), "fold": (1, 1, ("kind",)),
     "subgroup_fold": (1, 1, ("kind", "width")),
-    "note": (0, 0, ("text",)), "barrier": (0, 0, ()), "if": (0, 0, ("left", "compare", "right")),
+    "bind": (1, 0, ("var", "lo", "hi")), "note": (0, 0, ("text",)), "barrier": (0, 0, ()), "if": (0, 0, ("left", "compare", "right")),
 }  # fmt: skip
 _OTHER_ATTRIBUTES = {"join": (), "advance": ("by", "scale"), "for": ("var", "lo", "hi", "step"), "outline": ("name", "indices")}
 
@@ -42,14 +42,14 @@ class LoopFindings(Findings):
         self.scope = {"lo", "hi"} if self.strategy == "cpu" else {"lo", "hi", "thread", *kernel.grid}
         self.bound = {"lo", "hi"} if self.strategy != "gpu" else set(self.scope)
         self.read_only = {p for p, access in zip(kernel.params, kernel.access) if access == "in"}
-        self.varying = {"thread"}  # index variables that differ between the threads of a workgroup
+        self.varying = {"thread"}  # index variables that may differ between the threads of a workgroup
         self.split: list[Op] = []  # the branches and loops around an op that threads may go through differently
         self.rules: dict[str, Callable[[Op], None]] = {
             "const": self.const, "index": self.index_value, "lanes": self.lanes, "splat": self.splat,
             "scratch": self.piece, "shared": self.piece, "advance": self.advance, "load": self.load,
             "store": self.store, "extract": self.lane, "join": self.join, "broadcast_lane": self.lane, "interleave": self.interleave,
             "fold": self.fold, "subgroup_fold": self.subgroup_fold, "for": self.loop, "if": self.branch,
-            "outline": self.outline, "note": self.nothing, "barrier": self.uniform,
+            "outline": self.outline, "bind": self.bind, "note": self.nothing, "barrier": self.uniform,
         }  # fmt: skip
 
     def check(self) -> None:
@@ -248,7 +248,7 @@ class LoopFindings(Findings):
     def uniform(self, op: Op) -> None:
         """All threads of a workgroup reach the op, or none: no branch or loop around it depends on the thread."""
         if self.split:
-            self.report(op, f"only some threads may reach a {op.name} here: the {self.split[-1].name} around it depends on the thread")
+            self.report(op, f"only some threads may reach a {op.name} here: the {self.split[-1].name} around it depends on the thread or on a number from memory")
 
     def varies(self, *indices: Index | int) -> bool:
         return any(self.varying & Index.of(index).variables() for index in indices)
@@ -272,15 +272,28 @@ class LoopFindings(Findings):
         self.inner(op, body, varies)
         self.scope, self.visible = scope, visible
 
+    def bind(self, op: Op) -> None:
+        """A number from memory: the verifier does not know that all threads of a workgroup read the same."""
+        name, low, high, number = op.attrs["var"], op.attrs["lo"], op.attrs["hi"], op.operands[0].type
+        if number != ScalarType("i32"):
+            self.report(op, f"bind takes an i32, not {number}")
+        if not 0 <= low <= high:
+            self.report(op, f"{low}..{high} is no range: index variables are never negative")
+        if name in self.bound:
+            self.report(op, f"index variable {name} is bound twice")
+        self.bound.add(name)
+        self.scope.add(name)
+        self.varying.add(name)
+
     def branch(self, op: Op) -> None:
         self.index(op, op.attrs["left"], op.attrs["right"])
         if op.attrs["compare"] not in COMPARISONS or not 1 <= len(op.regions) <= 2:
             self.report(op, f"if compares by {listed(COMPARISONS)} and has one or two regions")
         varies = self.varies(op.attrs["left"], op.attrs["right"])
         for region in op.regions:
-            visible = set(self.visible)
+            scope, visible = set(self.scope), set(self.visible)
             self.inner(op, region, varies)
-            self.visible = visible
+            self.scope, self.visible = scope, visible
 
     def outline(self, op: Op) -> None:
         """The region sees its operands and the index variables it names, nothing else."""

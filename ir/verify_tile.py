@@ -19,9 +19,9 @@ Range = tuple[int, int]  # inclusive
 _LARGEST_I32 = 2**31 - 1
 _ATTRIBUTES = {
     "load": ("base", "strides"), "gather": ("base", "strides"), "store": ("base", "strides"), "fill": ("value",),
-    "position": ("at",), "reduce": ("kind", "axis"), "for": ("var", "lo", "hi"),
+    "position": ("at",), "reduce": ("kind", "axis"), "for": ("var", "lo", "hi"), "bind": ("var", "lo", "hi"),
 }  # fmt: skip
-_OPERANDS = {"load": 1, "gather": 2, "store": 2, "fill": 0, "iota": 0, "position": 0, "reduce": 1, "dot": 3}
+_OPERANDS = {"load": 1, "gather": 2, "store": 2, "fill": 0, "iota": 0, "position": 0, "reduce": 1, "dot": 3, "bind": 1}
 
 
 class TileFindings(Findings):
@@ -33,12 +33,14 @@ class TileFindings(Findings):
         self.access = dict(zip(kernel.params, kernel.access))
         self.ranges: dict[str, Range] = {name: (0, extent - 1) for name, extent in kernel.grid.items()}
         self.scope = set(kernel.grid)  # index variables that are bound here
+        self.numbers: set[str] = set()  # those of them that are numbers from memory
         self.reachable = True
         self.declared: dict[str, Dim] = {}
         self.proved: set[Dim] = set()
         self.rules: dict[str, Callable[[Op], None]] = {
             "load": self.load, "gather": self.gather, "store": self.store, "fill": self.fill, "iota": self.iota,
             "position": self.position, "reduce": self.reduce, "dot": self.dot, "for": self.loop,
+            "bind": self.bind,
         }  # fmt: skip
 
     def check(self) -> None:
@@ -88,7 +90,7 @@ class TileFindings(Findings):
         if wanted is not None and len(op.operands) != wanted:
             self.report(op, f"{op.name} takes {wanted} operands, not {len(op.operands)}")
             return False
-        results = len(op.operands) if op.name == "for" else 0 if op.name == "store" else 1
+        results = len(op.operands) if op.name == "for" else 0 if op.name in ("store", "bind") else 1
         if len(op.results) != results:
             self.report(op, f"{op.name} has {results} results, not {len(op.results)}")
             return False
@@ -230,8 +232,8 @@ class TileFindings(Findings):
         if kind not in REDUCTIONS or axis not in (0, 1):
             self.report(op, f"reductions are {listed(REDUCTIONS)} along axis 0 or 1, not {kind} along {axis}")
             return
-        if kind == "max" and x.dtype != "f32":
-            self.report(op, f"max reduces f32, not {x.dtype}")
+        if x.dtype != "f32":
+            self.report(op, f"reduce takes f32, not {x.dtype}")
         expected = TileType(x.dtype, *((None, x.cols) if axis == 0 else (x.rows, None)))
         if op.result.type != expected:
             self.report(op, f"result is {expected}, not {op.result.type}")
@@ -246,6 +248,18 @@ class TileFindings(Findings):
         if acc != expected or op.result.type != expected:
             self.report(op, f"accumulator and result are {expected}, not {acc} and {op.result.type}")
 
+    def bind(self, op: Op) -> None:
+        name, low, high, number = op.attrs["var"], op.attrs["lo"], op.attrs["hi"], op.operands[0].type
+        if number != TileType("i32", None, None):
+            self.report(op, f"bind takes i32<_, _>, not {number}")
+        if not 0 <= low <= high <= _LARGEST_I32:
+            self.report(op, f"{low}..{high} is no range: index variables are i32 numbers from 0 on")
+        if name in self.ranges:
+            self.report(op, f"index variable {name} is bound twice")
+        self.ranges[name] = (low, high)
+        self.scope.add(name)
+        self.numbers.add(name)
+
     def loop(self, op: Op) -> None:
         if len(op.regions) != 1:
             self.report(op, f"for has one region, not {len(op.regions)}")
@@ -257,7 +271,10 @@ class TileFindings(Findings):
             self.report(op, f"index variable {name} is bound twice")
         if not bounded:
             return
-        reachable, visible = self.reachable, set(self.visible)
+        meeting = [inner.name for inner in body.walk() if inner.name in ("dot", "reduce")]
+        if meeting and (low.variables() | high.variables()) & self.numbers:
+            self.report(op, f"{listed(dict.fromkeys(meeting))} in a loop whose bounds are numbers from memory: threads meet there, and may not all come")
+        reachable, visible, scope = self.reachable, set(self.visible), set(self.scope)
         self.ranges[name] = (low.bounds(self.ranges)[0], high.bounds(self.ranges)[1] - 1)
         self.reachable = reachable and self.ranges[name][0] <= self.ranges[name][1]
         self.scope.add(name)
@@ -266,8 +283,7 @@ class TileFindings(Findings):
             self.axes(op, arg.type)
         self.region(body)
         self.use(op, body.yields)
-        self.scope.discard(name)
-        self.reachable, self.visible = reachable, visible
+        self.reachable, self.visible, self.scope = reachable, visible, scope
 
 
 def buffer_rules(findings: Findings, kernel: Kernel, caps: Caps | None) -> None:

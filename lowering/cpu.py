@@ -30,7 +30,7 @@ class CpuLowering(DotLowering):
         names = list(self.kernel.grid)
         last = names[-1] if names and self.kernel.grid[names[-1]] > 1 else ""
         extent = self.kernel.grid[last] if last else 1
-        steady = [op for op in self.kernel.body.ops if last and self.is_panel(op) and last not in self.varies(op)]
+        steady = [op for op in self.kernel.body.ops if last and self.is_panel(op) and self.varies(op) <= set(names) - {last}]
         low, high = Index.variable("lo"), Index.variable("hi")
 
         def outer(o: Index) -> None:
@@ -83,10 +83,10 @@ class CpuLowering(DotLowering):
                 epilogue = self.epilogue_of(op, ops[i + 1 :])
                 self.dot(op, epilogue)
                 i += len(epilogue)
-            elif op.name == "for":
+            elif op.name in ("for", "bind"):
                 self.segment(pending)
                 pending, axis = [], None
-                self.for_loop(op)
+                (self.for_loop if op.name == "for" else self.bind)(op)
             elif self.is_panel(op):
                 self.pack(op)
             else:
@@ -112,7 +112,7 @@ class CpuLowering(DotLowering):
         if self.start_value(dot.operands[0]) is None:
             return []
         for op in rest:
-            if op.name in ("dot", "for", "reduce") or self.is_panel(op):
+            if op.name in ("dot", "for", "reduce", "bind") or self.is_panel(op):
                 break
             segment.append(op)
         inside = set(segment)
@@ -127,6 +127,10 @@ class CpuLowering(DotLowering):
         return segment
 
     # -- loops
+    def bind(self, op: Op) -> None:
+        """A number from memory as an index variable."""
+        self.indices[op.attrs["var"]] = self.b.bind(self.number(op.operands[0]), op.attrs["lo"], op.attrs["hi"])
+
     def for_loop(self, op: Op) -> None:
         """A loop with carried tiles: each lives in scratch, and its next value is computed over it where that is safe."""
         (body,) = op.regions
@@ -167,7 +171,7 @@ class CpuLowering(DotLowering):
         found, at = {}, 0
         axis: int | None = None
         for op in body.ops:
-            if op.name in ("dot", "for"):
+            if op.name in ("dot", "for", "bind"):
                 at, axis = at + 1, None
                 found[op] = at
                 at += 1

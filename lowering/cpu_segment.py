@@ -60,6 +60,10 @@ class Point:
 class SegmentLowering(CpuValues):
     """Lowers segments."""
 
+    inside: Collection[Op]  # the ops of the segment being lowered
+    levels: dict[Value, int]
+    crossing: dict[Value, Stored]  # what is computed at one level and read at a later one
+
     def segment(self, ops: Sequence[Op], window: Window | None = None) -> None:
         """Lower a run of pointwise ops, reductions and stores."""
         if not ops:
@@ -93,11 +97,16 @@ class SegmentLowering(CpuValues):
         """Write values to homes in scratch."""
         self.run_items([Item("keep", value, None, home) for value, home in pairs], (), None)
 
+    def number(self, value: Value) -> Value:
+        """A tile without axes, as a number, between two segments."""
+        self.inside, self.levels, self.crossing = (), {}, {}
+        return self.value(value, Point(1, Index.of(0), Index.of(0), 1, 0))
+
     def run_items(self, items: list[Item], inside: Collection[Op], window: Window | None) -> None:
         if not items:
             return
         self.inside = inside
-        self.levels: dict[Value, int] = {}
+        self.levels = {}
         axes = {op.attrs["axis"] for op in inside if op.name == "reduce"}
         if len(axes) > 1:
             raise CompilerBug(f"{self.kernel.name}: a segment reduces along both axes")
@@ -469,7 +478,8 @@ class SegmentLowering(CpuValues):
             rows, cols = op.attrs["strides"]
             if op.name == "gather":
                 row = self.value(op.operands[1], point)
-                base = self.at(op.attrs["base"]) + self.at(op.results[0].type.cols.start) * cols
+                columns = op.results[0].type.cols
+                base = self.at(op.attrs["base"]) + (self.at(columns.start) * cols if columns else 0)
                 point.outer[key] = self.b.advance(self.buffers[op.operands[0]], base, row, rows, hint="row")
             else:
                 step = point.row * rows if point.inner_axis == 1 else point.col * cols

@@ -106,6 +106,8 @@ class GpuLowering(DotLowering):
                     self.reduce(op)
                 case "store":
                     self.store(op)
+                case "bind":
+                    self.bind(op)
                 case "load" | "gather":
                     if op.operands[0] in self.changed and not self.is_long(op.result):
                         self.keep(op.result)
@@ -117,6 +119,12 @@ class GpuLowering(DotLowering):
         """Compute a thread's elements of a value now."""
         for key in self.keys(value.type):
             self.element(value, key)
+
+    def bind(self, op: Op) -> None:
+        """A number from memory as an index variable: every thread reads it for itself."""
+        low, high = op.attrs["lo"], op.attrs["hi"]
+        index = self.indices[op.attrs["var"]] = self.b.bind(self.element(op.operands[0], (None, None)), low, high)
+        self.ranges.update(dict.fromkeys(index.variables(), (low, high)))
 
     def for_loop(self, op: Op) -> None:
         """A loop of the tile program; what it carries stays in registers."""

@@ -1,8 +1,8 @@
 """Workgroup memory and control flow of the gpu strategy: pieces of memory, the hazards between threads, loops.
 
 A piece is taken by the op that needs it and given back when it is done. A barrier is placed where a piece would be read
-before others have written it, or written over before they have read it; every loop bound comes from grid ids, so all
-threads meet the same barriers."""
+before others have written it, or written over before they have read it; every bound of a loop with a barrier comes from grid
+ids (the verifier wants it so), and all threads meet the same barriers."""
 
 from __future__ import annotations
 

@@ -80,8 +80,19 @@ def cpu_columns(extents: Mapping[str, int], caps: Caps) -> Schedule:
     return Schedule({"tile": (extents["rows"], 64), "lanes": 16}, {})
 
 
+def cpu_counting(extents: Mapping[str, int], caps: Caps) -> Schedule:
+    """Whole rows, in blocks that threads share evenly."""
+    return Schedule({"tile": (even_blocks(extents["rows"], 64, 1), extents["columns"]), "lanes": 16}, {})
+
+
+def cpu_segments(extents: Mapping[str, int], caps: Caps) -> Schedule:
+    """Rows of the result one by one."""
+    return Schedule({"tile": (1, extents["columns"]), "lanes": 16}, {})
+
+
 CPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
     "contraction": cpu_contraction, "attention": cpu_attention, "rows": cpu_rows, "flat": cpu_flat, "columns": cpu_columns,
+    "counting": cpu_counting, "segments": cpu_segments,
 }  # fmt: skip
 
 
@@ -157,6 +168,18 @@ def gpu_columns(extents: Mapping[str, int], caps: Caps) -> Schedule:
     return Schedule({"tile": (min(extents["rows"], 512), 16), "threads": (64, 4)}, {})
 
 
+def gpu_counting(extents: Mapping[str, int], caps: Caps) -> Schedule:
+    """Whole rows, eight for each thread: what it reads of the columns serves them all."""
+    along = threads_along(extents["columns"], 256)
+    return Schedule({"tile": (8, extents["columns"]), "threads": (1, along)}, {})
+
+
+def gpu_segments(extents: Mapping[str, int], caps: Caps) -> Schedule:
+    """A row of the result for each workgroup, a thread for each vector of four: most sums have few terms or none."""
+    along = min(256, 32 * ceil_div(extents["columns"], 128))
+    return Schedule({"tile": (1, extents["columns"]), "threads": (1, along)}, {})
+
+
 def gpu_parts(inner: int, elements: int) -> int:
     """In how many parts sums of `inner` terms are made, so that they fill a device; `elements` of them are kept together."""
     most = LARGEST_PARTIALS // (4 * elements)
@@ -175,6 +198,7 @@ def threads_along(extent: int, most: int) -> int:
 
 GPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
     "contraction": gpu_contraction, "attention": gpu_attention, "rows": gpu_rows, "flat": gpu_flat, "columns": gpu_columns,
+    "counting": gpu_counting, "segments": gpu_segments,
 }  # fmt: skip
 
 

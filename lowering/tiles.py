@@ -279,6 +279,9 @@ class GroupTiler:
             assert root is not None
             shape = root.operands[0].type.shape
             extents = {"rows": shape[2], "columns": shape[3], "batch": shape[0] * shape[1]}
+        elif pattern in ("counting", "segments"):
+            assert root is not None
+            extents = {"rows": root.results[0].type.shape[0], "columns": root.operands[0].type.shape[-1]}
         else:
             extents = {"rows": prod(space[:-1]) // self.parts, "columns": space[-1] if space else 1}
         return choose(pattern, extents, self.caps)

@@ -220,6 +220,19 @@ def control_cases() -> list[Case]:
 
         b.loop(0, 4, 1, trip, [b.load(inputs[0], point)])
 
+    def bound(b: LoopBuilder, inputs: list[Value], output: Value, point: Index) -> None:
+        """Numbers from memory as bounds of a loop and in addresses, moved into their ranges; one is bound again in each trip."""
+        least = b.bind(b.primitive("and", [b.load(inputs[0], point), b.const(7, i32)]), 1, 3)
+        most = b.bind(b.load(inputs[0], point + 3), 2, 9)
+
+        def trip(i: Index, total: Value) -> list[Value]:
+            picked = b.bind(b.load(inputs[0], i * 2 + least), 0, 30)
+            b.when(picked, "gt", 3, lambda: b.store(output, b.index(picked * 5 - least), point * 12 + i))
+            return [b.primitive("add", [total, b.load(inputs[0], picked + most)])]
+
+        (total,) = b.loop(least, most, 1, trip, [b.const(0, i32)])
+        b.store(output, b.primitive("sub", [total, b.index(most - least)]), point * 12 + 11)
+
     def load_before_store(b: LoopBuilder, inputs: list[Value], output: Value, point: Index) -> None:
         space = b.scratch(4, "i32")
         b.store(space, b.load(inputs[0], point), 0)
@@ -236,6 +249,7 @@ def control_cases() -> list[Case]:
         make("pointers", ["f32"], "f32", pointers),
         make("late_read", ["i32"], "i32", late_read),
         make("old_value", ["i32"], "i32", old_value),
+        make("bound", ["i32"], "i32", bound),
         make("load_before_store", ["i32"], "i32", load_before_store),
     ]
 
@@ -342,6 +356,8 @@ def addressed_case(seed: int) -> Case:
                 target = (rng.choice(shared) * 2 + at) % out
                 if rng.random() < 0.2:
                     value = b.primitive("add", [value, b.index(rng.choice(shared) - rng.choice(shared))])
+                if rng.random() < 0.2:
+                    variables = [*variables, b.bind(value, 0, rng.randrange(1, 6))]
                 if rng.random() < 0.2:
                     b.when(rng.choice(shared), rng.choice(["lt", "ge", "ne"]), rng.choice(shared), partial(b.store, output, value, target))
                 b.store(output, value, target)

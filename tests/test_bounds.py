@@ -34,8 +34,10 @@ def f32(*shape: int) -> TensorType:
         lambda: loops("attention", *[f32(1, 2, 33, 24)] * 3, causal=True, scale=0.2),
         lambda: loops("sum_columns", f32(300, 130)),
         lambda: loops("cross_entropy", f32(3, 9001), TensorType("i32", (3,))),
+        lambda: loops("segment_sum", f32(70, 33), TensorType("i32", (70,)), TensorType("i32", (42,)), first=0, rows=41),
+        lambda: loops("stable_ranks", TensorType("i32", (9001,))),
     ],
-    ids=["odd product", "product in parts", "odd attention", "column sums", "long rows"],
+    ids=["odd product", "product in parts", "odd attention", "column sums", "long rows", "rows between numbers from memory", "counts"],
 )
 def test_every_access_of_a_kernel_is_proved_and_none_of_one_over_less_memory(kernel) -> None:  # type: ignore[no-untyped-def]
     proved = kernel()

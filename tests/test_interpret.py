@@ -172,6 +172,31 @@ def test_gathered_rows_are_checked() -> None:
         run_kernel(kernel, [np.array([3, 0, 4], np.int32), x, y])
 
 
+def test_numbers_from_memory_bound_loops_and_addresses_inside_their_ranges() -> None:
+    kernel = parse_kernel("""
+      kernel k(%t: in i32[4], %x: in f32[5], %y: out f32[3]) {level = "tile"} {
+        grid g0 = 3
+        %zero = fill() {value = 0.0} : f32<_, _>
+        %low = load(%t) {base = <g0>, strides = [0, 0]} : i32<_, _>
+        bind(%low) {var = "s1", lo = 0, hi = 5}
+        %high = load(%t) {base = <g0 + 1>, strides = [0, 0]} : i32<_, _>
+        bind(%high) {var = "s2", lo = 1, hi = 5}
+        %sum = for(%zero) {var = "n1", lo = <s1>, hi = <s2>} do (%acc: f32<_, _>) {
+          %a = load(%x) {base = <n1>, strides = [0, 0]} : f32<_, _>
+          %next = add(%acc, %a) : f32<_, _>
+          yield %next
+        } : f32<_, _>
+        store(%y, %sum) {base = <g0>, strides = [0, 0]}
+      }
+    """)
+    verify_kernel(kernel)
+    x = np.array([1, 10, 100, 1000, 10000], np.float32)
+    for bounds, sums in (([0, 2, 2, 5], [11, 0, 11100]), ([-9, -3, 1, 99], [1, 11 - 10, 11110]), ([4, 3, 5, 0], [0, 11000, 0])):
+        y = np.zeros(3, np.float32)
+        run_kernel(kernel, [np.array(bounds, np.int32), x, y])
+        assert y.tolist() == sums
+
+
 # ------------------------------------------------------------------------------------------- loop level
 
 

@@ -201,6 +201,58 @@ def test_a_tile_error_is_found(old: str, new: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+BOUND = """
+kernel k(%x: in f32[8, 6], %t: in i32[9], %y: out f32[8, 6]) {level = "tile"} {
+  grid g0 = 8
+  dim c = <0> : 6 of 6
+  %zero = fill() {value = 0.0} : f32<_, c>
+  %low = load(%t) {base = <g0>, strides = [0, 0]} : i32<_, _>
+  bind(%low) {var = "s1", lo = 0, hi = 8}
+  %high = load(%t) {base = <g0 + 1>, strides = [0, 0]} : i32<_, _>
+  bind(%high) {var = "s2", lo = 0, hi = 8}
+  %sum = for(%zero) {var = "n1", lo = <s1>, hi = <s2>} do (%acc: f32<_, c>) {
+    %p = load(%t) {base = <n1>, strides = [0, 0]} : i32<_, _>
+    bind(%p) {var = "s3", lo = 0, hi = 7}
+    %a = load(%x) {base = <s3*6>, strides = [0, 1]} : f32<_, c>
+    %next = add(%acc, %a) : f32<_, c>
+    yield %next
+  } : f32<_, c>
+  store(%y, %sum) {base = <g0*6>, strides = [0, 1]}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"s3", lo = 0, hi = 7', '"s3", lo = 0, hi = 8', "addresses 0..53 are not all inside"),
+        ('"s2", lo = 0, hi = 8', '"s2", lo = 0, hi = 10', "addresses 0..9 are not all inside"),
+        ('"s1", lo = 0, hi = 8', '"s1", lo = 3, hi = 2', "3..2 is no range"),
+        ('"s1", lo = 0, hi = 8', '"s1", lo = -1, hi = 8', "index variables are i32 numbers from 0 on"),
+        ('"s2", lo', '"s1", lo', "index variable s1 is bound twice"),
+        ("base = <g0*6>", "base = <s3*6>", "the base depends on s3, not bound here"),
+        ("bind(%low)", "bind(%zero)", "bind takes i32<_, _>, not f32<_, c>"),
+        ("%next = add(%acc, %a)", '%r = reduce(%a) {kind = "sum", axis = 1} : f32<_, _>\n    %next = add(%acc, %r)', "reduce in a loop whose bounds are numbers from memory"),
+    ],
+)  # fmt: skip
+def test_numbers_from_memory_are_bound_to_ranges_and_proved_by_them(old: str, new: str, message: str) -> None:
+    verify_kernel(parse_kernel(BOUND))
+    assert old in BOUND
+    with pytest.raises(CompilerBug) as caught:
+        verify_kernel(parse_kernel(BOUND.replace(old, new, 1)))
+    assert message in str(caught.value)
+
+
+def test_a_reduction_in_a_loop_inside_one_with_bounds_from_memory_is_refused_too() -> None:
+    inner = """%next = for(%acc) {var = "n2", lo = <0>, hi = <n1>} do (%more: f32<_, c>) {
+      %r = reduce(%a) {kind = "sum", axis = 1} : f32<_, _>
+      %both = add(%more, %r) : f32<_, c>
+      yield %both
+    }"""
+    with pytest.raises(CompilerBug, match="reduce in a loop whose bounds are numbers from memory"):
+        verify_kernel(parse_kernel(BOUND.replace("%next = add(%acc, %a)", inner)))
+
+
 def test_a_dim_of_a_loop_does_not_leave_it() -> None:
     text = TILE.replace("f32<i, _>", "f32<i, k>").replace("%r = reduce(%a) {kind = \"sum\", axis = 1}", "%r = exp(%a)")
     with pytest.raises(CompilerBug, match="the start of k depends on n1, not bound here"):
@@ -282,6 +334,31 @@ def test_a_loop_error_is_found(old: str, new: str, message: str) -> None:
     with pytest.raises(CompilerBug) as caught:
         verify_kernel(parse_kernel(LOOP.replace(old, new, 1)), CPU)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bind", "message"),
+    [
+        ('bind(%n) {var = "p", lo = 0, hi = 1}', "index variable p is bound twice"),
+        ('bind(%n) {var = "q", lo = 2, hi = 1}', "2..1 is no range"),
+        ('bind(%one) {var = "q", lo = 0, hi = 1}', "bind takes an i32, not f32"),
+    ],
+)
+def test_a_number_is_bound_once_to_a_range(bind: str, message: str) -> None:
+    def kernel(bind: str) -> Kernel:
+        return parse_kernel(LOOP.replace("%v = load", f"%n = index() {{at = <p>}} : i32\n    {bind}\n    %v = load", 1))
+
+    verify_kernel(kernel('bind(%n) {var = "q", lo = 0, hi = 1}'), CPU)
+    with pytest.raises(CompilerBug, match=message):
+        verify_kernel(kernel(bind), CPU)
+
+
+def test_a_bound_number_is_known_in_its_region_only() -> None:
+    bound = LOOP.replace("by = <p*8>", "by = <p*8 + q>").replace("%row =", '%n = index() {at = <p>} : i32\n    bind(%n) {var = "q", lo = 0, hi = 0}\n    %row =')
+    verify_kernel(parse_kernel(bound), CPU)
+    inner = 'for() {var = "r", lo = <0>, hi = <2>, step = 1} do {\n      bind(%n) {var = "q", lo = 0, hi = 0}\n    }'
+    with pytest.raises(CompilerBug, match="index variables q are not bound here"):
+        verify_kernel(parse_kernel(bound.replace('bind(%n) {var = "q", lo = 0, hi = 0}', inner)), CPU)
 
 
 def test_an_index_variable_is_bound_once() -> None:

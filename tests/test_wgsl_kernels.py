@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.lowered import passes_until, run_tiled, small_model, tiled
+from tests.test_segment_sums import KINDS, added_in_order, drawn, gradient
 from tests.wgsl_device import launch
 from tinygpt.ir.core import Function, Module, Region, Value
 from tinygpt.ir.interpret import evaluate
@@ -123,6 +124,14 @@ def test_embedding_forward_and_backward(tokens: int, vocabulary: int, width: int
     drawn = normal(width, table=(vocabulary, width), dy=(tokens, width))
     assert_is_its_meaning(lambda g, tokens, table: g("embedding", tokens, table), {"tokens": picked, "table": drawn["table"]})
     assert_is_its_meaning(lambda g, tokens, dy: g("embedding_grad", tokens, dy, vocabulary=vocabulary), {"tokens": picked, "dy": drawn["dy"]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_large_table_adds_up_in_the_order_of_positions(kind: str) -> None:
+    inputs = drawn(kind)
+    module = gradient(*inputs["tokens"].shape, inputs["table"].shape[0])
+    found = run_tiled(tiled(Simplify().run(module, DEFAULT), DEFAULT), "f", inputs, launch)["grad"]
+    assert found.tobytes() == added_in_order(inputs).tobytes()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(700, 133), (65, 64), (3, 1)])

@@ -108,7 +108,15 @@ INDIRECTLY = (
 )
 
 
-@pytest.mark.parametrize("edit", [IN_A_BRANCH, IN_SOME_TRIPS, INDIRECTLY], ids=["branch", "trips", "indirectly"])
+# Bounds from memory may differ between threads, and here do.
+FROM_MEMORY = (
+    "barrier()",
+    '%i = index() {at = <thread>} : i32\n    bind(%i) {var = "s", lo = 0, hi = 7}\n'
+    '    for() {var = "p", lo = <0>, hi = <s>, step = 1} do {\n      barrier()\n    }',
+)
+
+
+@pytest.mark.parametrize("edit", [IN_A_BRANCH, IN_SOME_TRIPS, INDIRECTLY, FROM_MEMORY], ids=["branch", "trips", "indirectly", "from memory"])
 def test_a_barrier_that_some_threads_miss_is_refused_and_found(edit: tuple[str, str]) -> None:
     with pytest.raises(CompilerBug, match="only some threads may reach a barrier here"):
         verify_kernel(changed(edit), DEFAULT)

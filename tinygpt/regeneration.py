@@ -106,7 +106,7 @@ def _flops(region: Region, indices: Mapping[str, int]) -> int:
     for op in region.ops:
         if op.name == "dot":
             total += _dot_flops(op, indices)
-        elif op.name == "for":
+        elif op.name == "for" and any(inner.name == "dot" for inner in op.regions[0].walk()):
             trips = range(op.attrs["lo"].evaluate(indices), op.attrs["hi"].evaluate(indices))
             total += sum(_flops(op.regions[0], {**indices, op.attrs["var"]: trip}) for trip in trips)
     return total

@@ -224,6 +224,8 @@ class _KernelPrinter:
                 self._if(op)
             case "outline":
                 self._outline(op)
+            case "bind":
+                self._bind(op)
             case "note":
                 self._line(f"// {one_line(op.attrs['text'])}")
             case "store":
@@ -328,6 +330,12 @@ class _KernelPrinter:
         self._assign([(v, y) for v, y in zip(variables, region.yields, strict=True) if v not in changed])
         self._depth -= 1
         self._line("}")
+
+    def _bind(self, op: Op) -> None:
+        number = self._take(op.operands[0])
+        name = self._indices[op.attrs["var"]] = self._names.new(op.attrs["var"])
+        low, high = op.attrs["lo"], op.attrs["hi"]
+        self._line(f"const long {name} = minimum<long>(maximum<long>({number.text}, {low}), {high});")
 
     def _carried(self, operand: Value, start: _Expression, arg: Value, result: Value, owned: set[Value]) -> str:
         """The variable of a carried value. One that nobody else needs any more is taken over, not copied."""

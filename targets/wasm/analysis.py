@@ -20,7 +20,7 @@ Terms = tuple[tuple[Atom, int], ...]
 Sum = tuple[Value | None, Terms]
 Request = Sum | Compound
 
-EFFECTS = frozenset({"store", "for", "if", "outline", "note"})
+EFFECTS = frozenset({"store", "for", "if", "outline", "bind", "note"})
 _SCRATCH_ELEMENT_BYTES = 4
 
 
@@ -93,8 +93,8 @@ class Analysis:
         self.home.update(dict.fromkeys(region.args, region))
         for op in region.ops:
             self.home.update(dict.fromkeys(op.results, region))
-            if op.name == "for":
-                self.depth[op.attrs["var"]] = depth + 1
+            if op.name in ("for", "bind"):
+                self.depth[op.attrs["var"]] = depth + (op.name == "for")
             if op.name != "outline":
                 for inner in op.regions:
                     self._collect(inner, depth + 1)

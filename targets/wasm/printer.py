@@ -179,6 +179,7 @@ class _FunctionPrinter:
             if self.facts.home[value] is region:
                 dying.setdefault(position, []).append(value)
         self.addresses.enter(region)
+        outside = set(self.addresses.variables)
         for position, op in enumerate(region.ops):
             if op not in self.facts.dead:
                 self.statement(op, region, position)
@@ -186,6 +187,8 @@ class _FunctionPrinter:
         yields = self.take(region.yields)
         self.flush()
         self.addresses.leave()
+        for name in [name for name in self.addresses.variables if name not in outside]:
+            self.frame.release(self.addresses.variables.pop(name))
         self.retire(dying.get(len(region.ops), ()))
         return yields
 
@@ -209,6 +212,8 @@ class _FunctionPrinter:
                 self.branch(op)
             case "outline":
                 self.call(op)
+            case "bind":
+                self.bind(op)
             case _ if op.result in self.facts.vector_constants:
                 self.constant(op.result)
             case _:
@@ -253,6 +258,16 @@ class _FunctionPrinter:
             arguments += self.read(self.facts.scratch)
         arguments += [instruction for name in indices for instruction in self.addresses.variable(name)]
         self.code += [*arguments, ("call", function)]
+
+    def bind(self, op: Op) -> None:
+        """A number as an index variable, moved into its range."""
+        self.ready(op.operands, alone=True)
+        type = self.addresses.type
+        local = self.addresses.variables[op.attrs["var"]] = self.frame.local(type, "s")
+        self.code += [*self.read(op.operands[0]), *([("i64.extend_i32_s",)] if type == "i64" else []), ("local.set", local)]
+        for limit, outside in ((op.attrs["lo"], "lt_s"), (op.attrs["hi"], "gt_s")):
+            end = (f"{type}.const", limit)
+            self.code += [end, ("local.get", local), ("local.get", local), end, (f"{type}.{outside}",), ("select",), ("local.set", local)]
 
     # Loops
 

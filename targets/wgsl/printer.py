@@ -177,6 +177,8 @@ class KernelPrinter:
                     self.loop(op)
                 case "if":
                     self.branch(op)
+                case "bind":
+                    self.bind(op)
                 case "shared":
                     lanes = op.attrs["lanes"]
                     end = op.attrs["offset"] + op.attrs["size"]
@@ -243,6 +245,10 @@ class KernelPrinter:
         self.line("}")
         for result, variable in zip(op.results, variables, strict=True):
             self.values[result] = variable
+
+    def bind(self, op: Op) -> None:
+        name = self.indices[op.attrs["var"]] = self.names.new(op.attrs["var"])
+        self.line(f"let {name} = clamp({self.values[op.operands[0]]}, {op.attrs['lo']}, {op.attrs['hi']});")
 
     def assign(self, body: Region, variables: Sequence[str]) -> None:
         """The next values of what a loop carries. One that is another's old value is saved first."""
@@ -436,11 +442,11 @@ def literal(value: float | int, dtype: str) -> str:
             number = np.float32(value)
             if not np.isfinite(number):
                 raise CompilerBug(f"WGSL has no literal for {number}")
-            return f"{number!s}f" if number >= 0 else f"({number!s}f)"
+            return f"({number!s}f)" if np.signbit(number) else f"{number!s}f"
         case "f16":
             half = np.float16(value)
             if not np.isfinite(half):
                 raise CompilerBug(f"WGSL has no literal for {half}")
-            return f"{half!s}h" if half >= 0 else f"({half!s}h)"
+            return f"({half!s}h)" if np.signbit(half) else f"{half!s}h"
     raise CompilerBug(f"the wgsl target has no {dtype}")
 
