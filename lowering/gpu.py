@@ -91,15 +91,14 @@ class GpuLowering(DotLowering):
     def block(self, ops: Sequence[Op]) -> None:
         """Lower ops in order. Free values are computed where they are read, unless the kernel changes what they read.
 
-        Where groups of threads share a product, the first has its result and goes on alone."""
+        Where groups of threads share a product and do not share its rows afterwards, the first goes on alone."""
         for number, op in enumerate(ops):
             match op.name:
-                case "dot" if self.layout.groups > 1:
-                    self.dot(op)
-                    self.when([(self.layout.group, 1)], lambda: self.block(ops[number + 1 :]))
-                    return
                 case "dot":
                     self.dot(op)
+                    if self.layout.groups > 1:
+                        self.when([(self.layout.group, 1)], lambda: self.block(ops[number + 1 :]))
+                        return
                 case "for":
                     self.for_loop(op)
                 case "reduce":

@@ -10,8 +10,8 @@ contraction operands are zero."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
 
@@ -19,7 +19,7 @@ from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.types import Dim, ScalarType, VectorType
 from tinygpt.lowering.gpu_memory import Piece, WorkgroupLowering
-from tinygpt.lowering.gpu_values import WIDTH
+from tinygpt.lowering.gpu_values import WIDTH, Key
 
 SLICE = 16  # of the contraction, staged at a time
 UNROLL = 16  # of the contraction loop
@@ -102,7 +102,11 @@ class DotLowering(WorkgroupLowering):
 
         results = self.loop(0, slices, 1, one, [*starts, *fetched(Index.of(0))], stem="s")
         self.release(left.piece, right.piece)
-        self.registers[op.result] = dict(zip(keys, self.across_groups(results[: len(keys)]), strict=True))
+        sums = dict(zip(keys, results, strict=False))
+        if self.layout.groups == 2 and self.layout.rows(rows) % (2 * WIDTH) == 0:
+            self.registers[op.result] = self.by_halves(sums)
+        else:
+            self.registers[op.result] = dict(zip(keys, self.across_groups(list(sums.values())), strict=True))
 
     def operand(self, value: Value, axis: int, dim: Dim, depth: int, slices: int) -> Staged:
         """Take workgroup memory for an operand whose axis `dim` is not contracted."""
@@ -115,29 +119,54 @@ class DotLowering(WorkgroupLowering):
         turned = not whole and self.is_turned(value, lanes, axis, depth)
         return Staged(value, piece, pitch, dim, axis, whole, max(1, BANKS * WIDTH // depth) if turned else 0)
 
+    def by_halves(self, sums: Mapping[Key, Value]) -> dict[Key, Value]:
+        """The sums of both groups, half of the rows in each: the groups exchange the other half. From here on they are one
+        group of twice as many threads along y, whose rows are those that each has kept."""
+        layout = self.layout
+        self.layout = replace(layout, threads_y=2 * layout.threads_y, groups=1)
+        self.scopes = [{}]  # what was computed before is at the rows of the old layout
+        first = self.b.primitive("lt", [self.b.index(layout.group), self.b.index(1)])
+        kept: dict[Key, Value] = {}
+        given: list[Value] = []
+        for (r, v), x in sums.items():
+            assert r is not None
+            if r // WIDTH % 2 == 0:
+                other = sums[r + WIDTH, v]
+                kept[r // (2 * WIDTH) * WIDTH + r % WIDTH, v] = self.b.primitive("select", [first, x, other])
+                given.append(self.b.primitive("select", [first, other, x]))
+        taken = self.exchanged(given, 2, layout.group, 1 - layout.group, layout.in_group)
+        return {key: self.b.primitive("add", [x, other]) for (key, x), other in zip(kept.items(), taken, strict=True)}
+
     def across_groups(self, sums: list[Value]) -> list[Value]:
         """The first group's sums plus those of the others, of which half hand theirs over at a time."""
-        share = self.layout.groups // 2
+        share, group = self.layout.groups // 2, self.layout.group
         while share:
-            mine = Index.variable("thread") % self.layout.in_group
-            width = WIDTH if isinstance(sums[0].type, VectorType) else 1
-            piece = self.piece(share * len(sums) * self.layout.in_group * width, width, "partial")
-
-            def slot(group: Index, n: int, mine: Index = mine, width: int = width) -> Index:
-                return ((group * len(sums) + n) * self.layout.in_group + mine) * width
-
-            def hand_over(share: int = share, piece: Piece = piece) -> None:
-                for n, x in enumerate(sums):
-                    self.b.store(piece.pointer, x, slot(self.layout.group - share, n))
-
-            self.will_write(piece)
-            self.when([(Index.of(share - 1) - self.layout.group, 0), (self.layout.group, 2 * share)], hand_over)
-            self.will_read(piece)
-            others = [self.b.load(piece.pointer, slot(self.layout.group % share, n), width) for n in range(len(sums))]
+            givers = [(Index.of(share - 1) - group, Index.of(0)), (group, Index.of(2 * share))]
+            others = self.exchanged(sums, share, group - share, group % share, self.layout.in_group, givers)
             sums = [self.b.primitive("add", [x, other]) for x, other in zip(sums, others, strict=True)]
-            self.release(piece)
             share //= 2
         return sums
+
+    def exchanged(
+        self, given: Sequence[Value], slots: int, to: Index, of: Index, threads: int, givers: Sequence[tuple[Index, Index]] = ()
+    ) -> list[Value]:
+        """What another group of threads gives, thread for thread: the givers write into slot `to`, all read from slot `of`."""
+        width = WIDTH if isinstance(given[0].type, VectorType) else 1
+        piece = self.piece(slots * len(given) * threads * width, width, "partial")
+
+        def place(slot: Index, n: int) -> Index:
+            return ((slot * len(given) + n) * threads + Index.variable("thread") % threads) * width
+
+        def hand_over() -> None:
+            for n, x in enumerate(given):
+                self.b.store(piece.pointer, x, place(to, n))
+
+        self.will_write(piece)
+        self.when(list(givers), hand_over)
+        self.will_read(piece)
+        found = [self.b.load(piece.pointer, place(of, n), width) for n in range(len(given))]
+        self.release(piece)
+        return found
 
     # -- a placed operand
     def write_whole(self, to: Staged, inner: Dim, extent: int) -> None:
