@@ -26,8 +26,8 @@ from tinygpt.lowering.passes import Pass
 from tinygpt.lowering.tiles import Tile
 
 WIDE = Caps("wide", lanes=16, registers=32, register_tile=(12, 2))
-NARROW = Caps("narrow", lanes=4, registers=16, register_tile=(6, 2))
-PANELS = Caps("panels", lanes=4, registers=16, register_tile=(8, 1), splat="shuffle", panel_rows=True, unroll=2)
+NARROW = Caps("narrow", lanes=4, registers=16, register_tile=(6, 2), left="copied")
+PANELS = Caps("panels", lanes=4, registers=16, register_tile=(8, 1), splat="shuffle", left="panels", unroll=2)
 SCALAR = Caps("scalar", lanes=1, registers=16, register_tile=(4, 2))
 BLOCKS = Caps("blocks", lanes=16, registers=32, register_tile=(12, 2), inner_block=16)
 CPU_PROFILES = (WIDE, NARROW, PANELS, SCALAR)
