@@ -20,7 +20,7 @@ class Caps:
     unroll: int = 1  # of the contraction loop
     inner_block: int = 0  # steps of a contraction after which sums wait in memory while a panel's part is reused; 0: never
     splat: str = "load"  # how a scalar of the left operand reaches all lanes: "load", or "shuffle" of a vector of four
-    panel_rows: bool = False  # whether the left operand is turned into k-major panels first
+    left: str = "in place"  # how a dot reads its left operand: "in place", "copied" if its rows are columns there, in k-major "panels"
     fma: bool = True
     native: frozenset[str] = frozenset()
     address_bits: int = 64

@@ -56,8 +56,8 @@ class CpuLowering(DotLowering):
 
     # -- facts
     def is_panel(self, op: Op) -> bool:
-        """Whether a load is packed into panels for a product."""
-        return op.name == "load" and (self.is_operand(op.result, 2) or (self.caps.panel_rows and self.is_operand(op.result, 1)))
+        """Whether a load is packed or copied for a product."""
+        return op.name == "load" and (self.is_operand(op.result, 2) or self.is_moved(op))
 
     def varies(self, op: Op) -> frozenset[str]:
         """The grid ids and loop variables a load's address depends on."""

@@ -2,10 +2,11 @@
 
 The right operand is packed where its load is met, so a load outside a loop is packed once: panels of NV vectors of
 columns, k-major, so that the inner loop reads it front to back. The left operand is read in place; with static strides
-its rows are constant displacements. MR x NV accumulators stay in registers over all of k, or over a block of it as long
-as the profile says, so that the part of a panel that a block reads stays in the L1 cache from one block of rows to the
-next; between two blocks of k the sums wait in memory, so the order of additions, and with it the bits, is the same. An
-epilogue runs the ordinary segment code on each finished block while it is in the L1 cache."""
+its rows are constant displacements. A profile may want it turned into panels instead, or copied where its rows are columns
+in memory. MR x NV accumulators stay in registers over all of k, or over a block of it as long as the profile says, so that
+the part of a panel that a block reads stays in the L1 cache from one block of rows to the next; between two blocks of k
+the sums wait in memory, so the order of additions, and with it the bits, is the same. An epilogue runs the ordinary
+segment code on each finished block while it is in the L1 cache."""
 
 from __future__ import annotations
 
@@ -16,8 +17,12 @@ from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.types import Dim, ScalarType, VectorType
 from tinygpt.lowering.cpu_segment import SegmentLowering, Window
+from tinygpt.lowering.cpu_values import Stored
 
 SMALL_BLOCK = 4  # rows of the kernel for what a number of rows unknown at compile time leaves over
+COPIED_FOR = 3  # panels of columns that read a left operand, from which on a copy of it pays
+COPIED_VECTORS = 4  # copied in one trip
+LINE_GAP = 16  # elements between two lines of a copy, so that lines a power of two long do not share sets of the L1 cache
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,49 @@ class DotLowering(SegmentLowering):
     """Lowers products."""
 
     def pack(self, op: Op) -> None:
-        """Copy an operand of a product into panels: the right one by columns, the left one by rows where the device
-        wants that."""
+        """Copy an operand of a product: the right one into panels by columns, the left one as the device wants it."""
         value = op.results[0]
         rows, cols = value.type.dims
         by_row, by_col = op.attrs["strides"]
         if self.is_operand(value, 2):
             self.panels[value] = self.panel_copy(op, Panel(rows, cols, by_row, by_col, self.panel_width))
-        if self.caps.panel_rows and self.is_operand(value, 1):
+        if self.is_moved(op) and self.caps.left == "panels":
             self.row_panels[value] = self.panel_copy(op, Panel(cols, rows, by_col, by_row, self.caps.register_tile[0]))
+        elif self.is_moved(op):
+            self.copied[value] = self.copied_rows(op)
+
+    def is_moved(self, op: Op) -> bool:
+        """Whether a load is a left operand that is read from scratch: always where the device wants panels, or as a copy where
+        its rows are columns in memory and panels of columns enough read it."""
+        if not self.is_operand(op.result, 1) or self.caps.left == "in place":
+            return False
+        columns = max(u.result.type.cols.size for u in self.readers[op.result] if u.name == "dot")
+        return self.caps.left == "panels" or (op.attrs["strides"][1] != 1 == op.attrs["strides"][0] and columns >= COPIED_FOR * self.panel_width)
+
+    def copied_rows(self, op: Op) -> Stored:
+        """A left operand as it lies in memory, but with the rows of one step of the contraction right behind those of the last."""
+        w = self.lanes
+        rows, inner = op.results[0].type.dims
+        pitch = ceil_div(rows.size, w) * w + LINE_GAP
+        home = self.b.scratch(inner.size * pitch, hint="rows")
+        source = self.b.advance(self.buffers[op.operands[0]], self.first_element(op), hint=op.operands[0].hint)
+        n = self.live(rows)
+
+        def line(k: Index) -> None:
+            target, start = self.b.advance(home, k * pitch), self.b.advance(source, k * op.attrs["strides"][1])
+
+            def copied(r: Index, vectors: int, width: int) -> None:
+                for v in range(vectors):
+                    self.b.store(target, self.b.load(start, r + v * width, width), r + v * width)
+
+            at = Index.of(0)
+            for vectors, width in ((COPIED_VECTORS, w), (1, w), (1, 1)):
+                upto = n // (vectors * width) * (vectors * width)
+                self.b.loop(at, upto, vectors * width, lambda r, v=vectors, x=width: copied(r, v, x), stem="r")
+                at = upto
+
+        self.b.loop(0, self.live(inner), 1, line, stem="k")
+        return Stored(home, 1, pitch)
 
     def is_operand(self, value: Value, position: int) -> bool:
         return any(u.name == "dot" and u.operands[position] is value for u in self.readers.get(value, []))
@@ -284,8 +323,8 @@ class DotLowering(SegmentLowering):
         if a in self.row_panels:
             height = self.caps.register_tile[0]
             return Operand(self.row_panels[a], 1, height, a.type.cols.size * height)
-        if a in self.stored:
-            home = self.stored[a]
+        home = self.stored.get(a) or self.copied.get(a)
+        if home is not None:
             return Operand(home.pointer, home.rows, home.cols)
         op = self.makers[a]
         pointer = self.b.advance(self.buffers[op.operands[0]], self.first_element(op), hint=op.operands[0].hint)

@@ -38,6 +38,7 @@ class CpuValues:
         self.stored: dict[Value, Stored] = {}
         self.panels: dict[Value, Value] = {}
         self.row_panels: dict[Value, Value] = {}
+        self.copied: dict[Value, Stored] = {}
         self.wanted: dict[Value, Stored] = {}
         self.blocks: set[Value] = set()
         self.readers = uses(kernel.body)

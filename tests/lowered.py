@@ -26,8 +26,8 @@ from tinygpt.lowering.passes import Pass
 from tinygpt.lowering.tiles import Tile
 
 WIDE = Caps("wide", lanes=16, registers=32, register_tile=(12, 2))
-NARROW = Caps("narrow", lanes=4, registers=16, register_tile=(6, 2))
-PANELS = Caps("panels", lanes=4, registers=16, register_tile=(8, 1), splat="shuffle", panel_rows=True, unroll=2)
+NARROW = Caps("narrow", lanes=4, registers=16, register_tile=(6, 2), left="copied")
+PANELS = Caps("panels", lanes=4, registers=16, register_tile=(8, 1), splat="shuffle", left="panels", unroll=2)
 SCALAR = Caps("scalar", lanes=1, registers=16, register_tile=(4, 2))
 BLOCKS = Caps("blocks", lanes=16, registers=32, register_tile=(12, 2), inner_block=16)
 CPU_PROFILES = (WIDE, NARROW, PANELS, SCALAR)
@@ -98,14 +98,15 @@ def random_buffers(kernel: Kernel, rng: np.random.Generator, below: int = 4) -> 
     return found
 
 
-def largest_difference(kernel: Kernel, caps: Caps, buffers: Sequence[np.ndarray]) -> float:
-    """How far the kernel's loops are from its tile program in float64, relative to the largest element of each output."""
+def largest_difference(kernel: Kernel, caps: Caps, buffers: Sequence[np.ndarray], run: Callable[..., object] = run_loop_kernel) -> float:
+    """How far the kernel's loops, run by `run`, are from its tile program in float64, relative to the largest element of each
+    output."""
     loops = lower(kernel, caps)
     verify_kernel(kernel)
     verify_kernel(loops, caps)
     expected, found = ([b.copy() for b in buffers] for _ in range(2))
     run_kernel(kernel, expected, wide=True)
-    run_loop_kernel(loops, found, 0, grid_points(kernel))
+    run(loops, found, 0, grid_points(kernel))
     worst = 0.0
     for access, a, b in zip(kernel.access, expected, found, strict=True):
         if access != "in":

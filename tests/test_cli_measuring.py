@@ -37,7 +37,7 @@ def test_bench_prints_the_json_object_of_the_contract(tinygpt: CommandLine) -> N
     (line,) = done.out.splitlines()
     row = json.loads(line)
     assert (row["config"], row["target"], row["threads"]) == ("mini", "cpp", 1)
-    assert row["tokens_per_s"] == pytest.approx(16 / row["ms"] * 1e3, rel=1e-3)
+    assert row["tokens_per_s"] == pytest.approx(16 / row["ms"] * 1e3, rel=5e-3)  # ms is rounded
     flops = ModelConfig(**CONFIG).flops_per_step(2, 8)
     assert row["gflops"] == pytest.approx(flops / row["ms"] / 1e6, rel=0.05, abs=0.01)
     assert row["gflops"] > 0 and row["peak_gflops"] > 0

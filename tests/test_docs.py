@@ -58,4 +58,4 @@ def test_commands_that_are_named_exist(page: Path) -> None:
 
 def test_measured_tables_name_their_tool() -> None:
     names = set(re.findall(r"<!-- table: ([\w-]+) -->", "".join(page.read_text() for page in PAGES)))
-    assert {"ops", "captured", "passes", "presets", "profiles", "speed-cpp-2", "parity", "memory", "capacity", "matmul", "learning", "summary"} <= names
+    assert {"ops", "captured", "passes", "presets", "profiles", "speed-cpp-2", "parity", "memory", "capacity", "matmul", "curve", "learning", "summary"} <= names

@@ -1,8 +1,10 @@
-"""The assembler against another one: the text form of a module, assembled by wasmtime, gives the same bytes."""
+"""The assembler against others: the text form of a module, assembled by wasmtime, gives the same bytes; wabt finds every
+module valid, and the names of its functions in it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import wasmtime
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests import wasm_bundle
 from tests.loop_programs import Case, constant_cases, control_cases, lane_cases, matmul, primitive_cases, random_case
+from tests.node import wabt
 from tests.wasm_kernels import kernel_module
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.targets.wasm.assembler import (
@@ -58,6 +61,21 @@ def test_kernels_assemble_as_elsewhere(profile: str) -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_bundles_assemble_as_elsewhere(profile: str) -> None:
     agree(build_module(wasm_bundle.plan(), PROFILES[profile], "bigram"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_another_toolkit_finds_modules_valid_and_their_names(profile: str, tmp_path: Path) -> None:
+    kernels = [case.kernel for case in (*cases(1), *cases(4), *(random_case(seed) for seed in range(10)))]
+    modules = {
+        "kernels": kernel_module([*kernels, matmul(4, 2, 1)], PROFILES[profile]),
+        "bundle": build_module(wasm_bundle.plan(), PROFILES[profile], "bigram"),
+    }
+    for name, module in modules.items():
+        path = tmp_path / f"{name}.wasm"
+        path.write_bytes(encode_module(module))
+        wabt("wasm-validate", "--enable-all", path)
+        shown = wabt("wasm-objdump", "--details", path)
+        assert [f.name for f in module.functions if f"<{f.name}>" not in shown] == []
 
 
 def test_several_memories_and_labels() -> None:

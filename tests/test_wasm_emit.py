@@ -3,12 +3,15 @@ collide."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import wasmtime
 
 from tests import wasm_bundle
+from tinygpt.compiler import device_for, lower, module_for
 from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.plan import Plan
 from tinygpt.targets import targets
@@ -51,6 +54,20 @@ def test_the_whole_32_bit_address_space_is_usable() -> None:
     wasmtime.Module.validate(wasmtime.Engine(), encode_module(module))
     record = target_record(plan, profile("wasm32"), strict=False)
     assert record["scratch"] + record["max_threads"] * record["scratch_stride"] <= 4 << 30
+
+
+@pytest.mark.parametrize("target", ["wasm32", "wasm64"])
+def test_the_module_of_small_is_small(target: str, record_property: Callable[[str, object], None]) -> None:
+    """Layers share kernels. How long the processor took to write the module is reported (the aim is 2 s)."""
+    device, caps = device_for(target, {})
+    done = lower(module_for("small"), device, caps)
+    plan, manifest = done.plan, done.manifest  # which are made when they are asked for
+    began = time.process_time()
+    files = device.emit(plan, manifest, caps, False)
+    seconds = time.process_time() - began
+    record_property("seconds to emit small", round(seconds, 2))
+    print(f"{target}: small is {len(files['model.wasm']):,} bytes, emitted in {seconds:.2f} s")
+    assert len(files["model.wasm"]) <= 150_000
 
 
 def test_kernels_share_what_they_outline() -> None:

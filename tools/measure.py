@@ -7,6 +7,7 @@
     python tools/measure.py memory                              what each preset takes, planned and measured
     python tools/measure.py capacity                            the largest model in WebAssembly, saved and resumed; xl in a browser
     python tools/measure.py gpu small medium                    WebGPU beside PyTorch on CUDA: steps, then kernels
+    python tools/measure.py curve small medium large xl         WebGPU beside our own WebAssembly on the same host
     python tools/measure.py learning                            1500 steps of small on TinyShakespeare
     python tools/measure.py learning huge --target wgsl --steps 5000
 
@@ -43,6 +44,7 @@ CUDA_RIVALS = ("torch.cuda", "torch.cuda.compile", "torch.cuda.graph")
 RIVALS = ("torch", "torch.compile", "torch+avx512", "torch.compile+avx512", "jax")
 MIB = 1 << 20
 GB = 10**9
+MOST_THREADS = 16  # of WebAssembly in `curve`
 LARGEST, IN_BROWSER, BROWSER_STEPS = "behemoth", "xl", 20  # what `capacity` trains
 
 # Run with a bundle's folder: bytes that a session and two training steps add to a process that has loaded the bundle.
@@ -63,19 +65,22 @@ print(resident() - before)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "matmul", "parity", "memory", "capacity", "learning", "gpu"))
+    parser.add_argument("what", choices=("speed", "matmul", "parity", "memory", "capacity", "learning", "gpu", "curve"))
     parser.add_argument("presets", nargs="*", metavar="PRESET|N", help="presets; for matmul, sizes (512 1024 if left out)")
     parser.add_argument("--target", default="cpp")
     parser.add_argument("--engine", choices=("node", "wasmtime"), help="of speed: what runs WebAssembly (default: wasmtime)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500, help="of learning")
-    parser.add_argument("--rounds", type=int, default=2, help="of gpu: turns that each contestant gets")
+    parser.add_argument("--rounds", type=int, default=2, help="of gpu and curve: turns that each contestant gets")
     parser.add_argument("--against", default=",".join(CUDA_RIVALS), help="of gpu: the rivals")
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
     if options.what == "gpu":
         write("gpu-steps", gpu_steps(options), where=graphics())
         write("gpu-kernels", gpu_kernels(), where=graphics())
+        return
+    if options.what == "curve":
+        write("curve", curve(options), where=graphics())
         return
     measured: dict[str, Callable[[argparse.Namespace], str]] = {
         "speed": speed, "matmul": matmul, "parity": parity, "memory": memory, "capacity": capacity, "learning": learning,
@@ -286,6 +291,19 @@ def gpu_steps(options: argparse.Namespace) -> str:
     return doc_tables.table(("preset", "WebGPU, ms", "TFLOP/s", *(f"{n}, ms (its time over ours)" for n in CUDA_RIVALS)), cells)
 
 
+def curve(options: argparse.Namespace) -> str:
+    """A row for each preset: a training step on WebGPU, one in WebAssembly on the processor of the same machine, the ratio."""
+    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    command = ["bench", "--against", "none", "--rounds", str(options.rounds), "--json"]
+    cells = []
+    for preset in options.presets or ("small", "medium", "large", "xl"):
+        places = (["--target", "wgsl"], ["--target", "wasm32", "--threads", str(threads)])
+        gpu, wasm = records("curve", [[*command, *place, preset] for place in places])
+        cells.append((gpu["config"], f"{gpu['ms']:.2f}", f"{wasm['ms']:.2f}", f"{wasm['ms'] / gpu['ms']:.1f}×"))
+    table = doc_tables.table(("preset", "WebGPU, ms", "WebAssembly, ms", "faster by"), cells)
+    return f"WebAssembly: wasm32 in wasmtime, {threads} threads on {processor()}.\n\n{table}"
+
+
 def gpu_kernels() -> str:
     """A row for each product and each attention, by slope, and PyTorch's time for the same where it has CUDA."""
     done = subprocess.run([sys.executable, str(ROOT / "tools" / "gpu_kernels.py")], stdout=subprocess.PIPE, text=True, env=surroundings(), check=True)
@@ -385,11 +403,14 @@ def circumstances() -> str:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
     compiler = subprocess.run([os.environ.get("CXX", "g++"), "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip()
+    return f"*{datetime.date.today()}, commit {commit}, {processor()}, g++ {compiler}, PyTorch {version('torch')}*"
+
+
+def processor() -> str:
+    """How many cores of what this process may use."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
-    processor = model[1] if model else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0))
-    return f"*{datetime.date.today()}, commit {commit}, {cores} cores of {processor}, g++ {compiler}, PyTorch {version('torch')}*"
+    return f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else platform.processor() or platform.machine()}"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def _profile(address_bits: int, threads: bool, relaxed: bool, engine: str) -> Ca
         register_tile=(6, 2),
         unroll=4 if address_bits == 64 else 1,  # V8 checks each 64-bit address: fewer other instructions hide it
         splat="load",
+        left="copied",
         fma=relaxed,
         address_bits=address_bits,
         memory_bytes=_MEMORY_BYTES[address_bits],
@@ -57,7 +58,7 @@ def _profile(address_bits: int, threads: bool, relaxed: bool, engine: str) -> Ca
         features=frozenset(name for name, on in features.items() if on),
     )
     if engine == "wasmtime":
-        return replace(generic, register_tile=(8, 1), splat="shuffle", panel_rows=True, unroll=2)
+        return replace(generic, register_tile=(8, 1), splat="shuffle", left="panels", unroll=2)
     return generic
 
 
