@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Module, Op, Value, uses, without_dead_ops
@@ -60,6 +61,7 @@ class Chunking:
         self.function, self.caps = function, caps
         self.made = {r: op for op in function.body.ops for r in op.results}
         self.users = uses(function.body)
+        self.results = {*function.body.yields, *function.updates.values()}
         self.axes = {op: OPS[op.name].axes([v.type for v in op.operands], dict(op.attrs)) for op in function.body.ops}
         self.g = GraphBuilder()
         self.mapping: dict[Value, Value] = {}  # values as a whole, by the old ones
@@ -237,7 +239,7 @@ class Chunking:
                     found.append(self.sliced(piece, {p.axis: (max(start - a, 0), min(stop, b) - a), **rest}))
             return self.g("concat", *found, axis=p.axis) if len(found) > 1 else found[0]
         op = self.made.get(value)
-        if op is not None and self.large(value) and value not in self.mapping:  # a view that was left to its readers
+        if op is not None and is_unstored(op):
             axes = self.axes[op][1][0]
             names = {i: axis for i in wanted if (axis := axes[i]) is not None}
             if len(names) == len(wanted):
@@ -301,7 +303,11 @@ class Chunking:
         return tuple(sorted(found))
 
     def blocker(self, value: Value, axis: int) -> Op | None:
-        """An op that reads the value and needs this axis of it whole, or reads it through a view that does not keep the axis."""
+        """An op that reads the value and needs this axis of it whole, or reads it through a view that does not keep the axis.
+
+        A value that leaves the function is put together: its stretches lie one behind the other along its first axis only."""
+        if value in self.results and value.type.size > value.type.shape[axis] * prod(value.type.shape[axis + 1 :]):
+            return self.made[value]
         for user in self.users.get(value, []):
             operands, results = self.axes[user]
             for v, axes in zip(user.operands, operands, strict=True):
@@ -343,6 +349,11 @@ class Chunking:
             f"and {reader.name} needs it in one{where}",
             hint="take a smaller batch, context or model, or a profile with larger bindings",
         )
+
+
+def is_unstored(op: Op) -> bool:
+    """Whether an op's result has no memory of its own: parts of it are made anew."""
+    return OPS[op.name].kind == "view" or not op.operands or (OPS[op.name].kind == "pointwise" and op.result.type.dtype == "bool")
 
 
 def edges_of(value: Value, axes: Axes, name: str) -> set[int]:
