@@ -78,7 +78,7 @@ class Chunking:
             self.g.loc = op.loc
             if not any(self.large(v) for v in (*op.operands, *op.results)):
                 self.clone(op)
-            elif OPS[op.name].kind == "view" or not op.operands:
+            elif is_unstored(op):
                 self.view(op)
             else:
                 self.cut(op)
@@ -97,7 +97,7 @@ class Chunking:
         self.mapping.update(zip(op.results, made.results, strict=True))
 
     def view(self, op: Op) -> None:
-        """A view of pieces is pieces, and so is what pieces are put together to. Any other view is computed where it is read."""
+        """A view of pieces is pieces, and so is what pieces are put together to. Any other view is left to its readers."""
         operands, (axes,) = self.axes[op]
         (result,) = op.results
         cuts = self.imposed(op)
