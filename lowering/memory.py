@@ -159,12 +159,14 @@ def place(
                 f"{what} ({x.value.type}) has {x.bytes:,} bytes, a buffer of {caps.name} at most {caps.buffer_bytes:,}",
                 hint="take a smaller batch, context or model, or a profile with larger buffers",
             )
+        hostile = set().union(*(apart.get(m.value, ()) for m in x.members))
+        if any(m.value in hostile for m in x.members):
+            raise CompilerBug(f"{x.value.hint} and what must lie behind it are in one pool, and a launch reads the one while it writes the other")
         for number in range(len(placed) + 1):
             x.pool = stem if number == 0 else f"{stem}{number + 1}"
             members = placed.setdefault(x.pool, [])
             x.offset = lowest_gap(x, members, caps.offset_alignment)
             fits = not caps.buffer_bytes or x.offset + x.bytes <= caps.buffer_bytes
-            hostile = set().union(*(apart.get(m.value, ()) for m in x.members))
             if fits and not any(m.value in hostile for m in members):
                 break
         members += x.members
