@@ -193,7 +193,8 @@ class Concat(ViewOp):
         return found
 
     def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
-        rank, start, operands = types[0].rank, 0, []
+        rank, start = types[0].rank, 0
+        operands: list[Axes] = []
         for t in types:
             operands.append(tuple(Axis(f"a{i}", start if i == attrs["axis"] else 0) for i in range(rank)))
             start += t.shape[attrs["axis"]]
