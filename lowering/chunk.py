@@ -67,6 +67,7 @@ class Chunking:
         self.mapping: dict[Value, Value] = {}  # values as a whole, by the old ones
         self.pieces: dict[Value, Pieces] = {}  # values in stretches, by the old ones
         self.parts: dict[object, Value] = {}  # parts of values that were cut out already
+        self.known_edges: dict[tuple[Value, int], set[int]] = {}
         self.families = 0
         self.stage: tuple[int, int] | None = None  # the family whose stretch is being made, and its number
         self.stages: dict[Op, tuple[int, int]] = {}
@@ -311,9 +312,9 @@ class Chunking:
         for user in self.users.get(value, []):
             operands, results = self.axes[user]
             for v, axes in zip(user.operands, operands, strict=True):
-                own = axes[axis] if v is value else None
                 if v is not value:
                     continue
+                own = axes[axis]
                 if own is None:
                     return user
                 for r, after in zip(user.results, results, strict=True):
@@ -325,7 +326,9 @@ class Chunking:
         return None
 
     def edges(self, value: Value, axis: int) -> set[int]:
-        """Where readers cut the axis anyway, themselves or through other large values."""
+        """Where readers cut the axis anyway, themselves or through other large values of the same indices."""
+        if (value, axis) in self.known_edges:
+            return self.known_edges[value, axis]
         found: set[int] = set()
         for user in self.users.get(value, []):
             operands, results = self.axes[user]
@@ -336,10 +339,11 @@ class Chunking:
                 for r, after in zip(user.results, results, strict=True):
                     found |= {e - own.first for e in edges_of(r, after, own.range)}
                     place = next((i for i, a in enumerate(after) if a and a.range == own.range), None)
-                    if place is not None and self.large(r):
+                    if place is not None and self.large(r) and OPS[user.name].kind in ("pointwise", "view"):
                         first = after[place].first  # type: ignore[union-attr]
                         found |= {e + first - own.first for e in self.edges(r, place)}
-        return {e for e in found if 0 < e < value.type.shape[axis]}
+        self.known_edges[value, axis] = {e for e in found if 0 < e < value.type.shape[axis]}
+        return self.known_edges[value, axis]
 
     def refused(self, value: Value, reader: Op) -> UserError:
         what = f"buffer {value.hint}" if value.hint else f"the result of {self.made[value].name}" if value in self.made else "an input"

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.test_ops import drawn, over, widened
-from tinygpt.compiler import module_for
+from tinygpt.compiler import device_for, lower, module_for
 from tinygpt.config import ModelConfig
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Module, Op, Region, Value
@@ -28,6 +28,7 @@ from tinygpt.ir.verify import verify
 from tinygpt.lowering import pipeline
 from tinygpt.lowering.chunk import Chunk
 from tinygpt.lowering.optimizer import POOLS, Layout
+from tinygpt.lowering.split import Split
 from tinygpt.targets.wgsl.profiles import DEFAULT
 
 KIB = 1 << 10
@@ -184,6 +185,27 @@ def test_models_of_any_shape_keep_their_results_under_any_limit(vocabulary: int,
     verify(after, after="chunk")
     require_bindable(after, caps)
     require_same_results(before, after, vocabulary)
+
+
+def test_terms_of_a_gradient_are_made_in_parts_that_are_added_up_once() -> None:
+    """The pass `split` finds the products of stretches, each of which it makes in as many parts."""
+    fields = dict(vocab_size=300, context_length=64, n_layers=1, n_heads=2, d_model=32)
+    caps = tight(320 * KIB)
+    before = optimized(8, caps.binding_bytes, **fields)
+    after = before
+    for p in (Chunk(), Split()):
+        after = p.run(after, caps)
+        verify(after, after=p.name)
+    ops = after.functions["grads"].body.ops
+    partial = {op.result for op in ops if op.name == "matmul" and op.attrs.get("parts", 1) > 1}
+    added = [op for op in ops if op.name == "add" and set(op.operands) <= partial]
+    assert [op.result.type.shape[1:] for op in added] == [(300, 32)]
+    require_same_results(before, after, 300)
+
+
+def test_every_stage_of_a_model_that_is_cut_computes_the_same() -> None:
+    fields = dict(vocab_size=301, context_length=11, n_layers=1, n_heads=2, d_model=16)
+    lower(module_for(ModelConfig(**fields), 3), device_for("wgsl", {})[0], tight(20 * KIB), check=True)
 
 
 def test_without_a_limit_and_where_everything_fits_nothing_changes() -> None:
