@@ -96,6 +96,9 @@ class SumParts(RowOp):
         shape = op.operands[0].type.shape
         return [grads[0] and g("broadcast", g("reshape", grads[0], shape=(1, *shape[1:])), shape=shape)]
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        return [named("p m c")], [named("m c")]
+
     def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
         parts, _, columns = read[0].type.shape
         c = k.axis("c", columns)
