@@ -204,7 +204,7 @@ def test_terms_of_a_gradient_are_made_in_parts_that_are_added_up_once() -> None:
 
 
 def test_every_stage_of_a_model_that_is_cut_computes_the_same() -> None:
-    fields = dict(vocab_size=293, context_length=12, n_layers=1, n_heads=2, d_model=32)
+    fields = dict(vocab_size=293, context_length=12, n_layers=1, n_heads=2, d_model=32, d_mlp=11)
     lower(module_for(ModelConfig(**fields), 3), device_for("wgsl", {})[0], tight(20 * KIB), check=True)
 
 
