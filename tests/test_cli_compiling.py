@@ -69,7 +69,7 @@ def test_from_refuses_what_is_no_dump_of_this_model(tinygpt: CommandLine, compil
     (tinygpt.folder / "stages/10-fuse.tir").write_text(text[: len(text) // 2])
     assert "10-fuse.tir" in tinygpt.refused(*plan, "stages/10-fuse.tir")
     (tinygpt.folder / "stages/00-captured.tir").unlink()
-    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/11-tile.tir")
+    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/12-tile.tir")
 
 
 def test_settings_are_fields_of_the_config_or_options_of_the_target(tinygpt: CommandLine) -> None:
