@@ -93,7 +93,8 @@ def test_an_op_in_stretches_of_an_index_range_is_the_whole_op(name: str, example
 
 
 def test_every_op_that_a_large_head_meets_can_be_cut_by_rows() -> None:
-    for name in ("matmul", "cross_entropy", "cross_entropy_grad", "softmax", "softmax_grad", "layer_norm", "layer_norm_grad", "sum_rows", "sum_columns", "embedding"):
+    rows = ("cross_entropy", "cross_entropy_grad", "softmax", "softmax_grad", "layer_norm", "layer_norm_grad", "embedding")
+    for name in ("matmul", "sum_rows", "sum_columns", *rows):
         example = OPS[name].examples()[0]
         axes, _ = OPS[name].axes(example.types, example.attrs)
         assert axes[0][0] is not None, name
@@ -116,8 +117,8 @@ def optimized(batch: int, binding: int, **fields: Any) -> Module:
 def inputs_of(function: Function, vocabulary: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for p in function.params:
-        floats = p.type.dtype == "f32"
-        found[p.hint] = rng.random(p.type.shape) + 0.5 if floats else rng.integers(0, vocabulary, p.type.shape).astype({"i32": np.int32, "u32": np.uint32}[p.type.dtype])
+        floats, whole = p.type.dtype == "f32", {"i32": np.int32, "u32": np.uint32}.get(p.type.dtype, np.int32)
+        found[p.hint] = rng.random(p.type.shape) + 0.5 if floats else rng.integers(0, vocabulary, p.type.shape).astype(whole)
     return found
 
 
@@ -173,7 +174,9 @@ def test_the_pass_changes_no_result(name: str) -> None:
     tied=st.booleans(), binding=st.integers(24, 200),
 )  # fmt: skip
 @example(vocabulary=601, context=33, batch=3, width=16, tied=True, binding=24)
-def test_models_of_any_shape_keep_their_results_under_any_limit(vocabulary: int, context: int, batch: int, width: int, tied: bool, binding: int) -> None:
+def test_models_of_any_shape_keep_their_results_under_any_limit(
+    vocabulary: int, context: int, batch: int, width: int, tied: bool, binding: int
+) -> None:
     fields = dict(vocab_size=vocabulary, context_length=context, n_layers=1, n_heads=2, d_model=width, tie_embeddings=tied)
     caps = tight(binding * KIB)
     try:
@@ -227,7 +230,8 @@ def test_masks_and_indices_are_cut_with_what_they_belong_to() -> None:
         product = g("matmul", x, w)
         columns, rows = (g("iota", axis=a, shape=product.type.shape) for a in (1, 0))
         below = g("le", g("iota", axis=0, shape=(x.type.shape[0], 1)), g.constant(70, "i32"))
-        masked = g("where", g("ge", rows, columns), g("where", below, product, g.constant(0.5)), g("broadcast", g.constant(-3.0), shape=product.type.shape))
+        elsewhere = g("broadcast", g.constant(-3.0), shape=product.type.shape)
+        masked = g("where", g("ge", rows, columns), g("where", below, product, g.constant(0.5)), elsewhere)
         y = g("softmax", masked)
         return [g("matmul", y, g("transpose", w, perm=(1, 0))), g("sum_columns", y), g("sum_rows", y)]
 
@@ -249,7 +253,8 @@ def test_a_value_that_is_read_whole_along_every_axis_is_refused_by_name() -> Non
         return [g("sum_rows", g("softmax", square)), g("sum_columns", g("softmax", g("transpose", square, perm=(1, 0))))]
 
     module = graph(build, TensorType("f32", (100, 100)))
-    with pytest.raises(UserError, match=r"the result of mul \(f32\[100, 100\]\) has 40,000 bytes, a binding of tight holds 32,768, and \w+ needs it in one"):
+    message = r"the result of mul \(f32\[100, 100\]\) has 40,000 bytes, a binding of tight holds 32,768, and \w+ needs it in one"
+    with pytest.raises(UserError, match=message):
         Chunk().run(module, tight(32 * KIB))
 
 
