@@ -6,7 +6,7 @@ Printer, verifier, interpreter, differentiation, capture, fuzzer, docs and confo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +44,23 @@ def token_example(types: Sequence[TensorType], vocabulary: int, attrs: Attrs | N
     return Example(tuple(types), attrs or {}, draw)
 
 
+@dataclass(frozen=True)
+class Axis:
+    """An axis of an operand or a result: the indices first, first + 1, … of one of its op's index ranges."""
+
+    range: str
+    first: int = 0
+
+
+Axes = tuple[Axis | None, ...]  # of one operand or result; None is an axis that is needed whole
+Box = Mapping[str, tuple[int, int]]  # of some index ranges, the indices start..stop
+
+
+def named(names: str) -> Axes:
+    """Axes by their ranges, "m k"; "_" is one that is needed whole."""
+    return tuple(None if name == "_" else Axis(name) for name in names.split())
+
+
 class GraphOp:
     """One op over whole tensors. `infer`, `evaluate` and `gradient` are its meaning; `tiles` its tile program."""
 
@@ -68,6 +85,16 @@ class GraphOp:
         """How many terms every element of the result is a sum of, if the op has an attribute `parts`; 0 if it has not."""
         return 0
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        """The index ranges that the op can be computed in stretches of, behind the axes of its operands and its results.
+
+        Stretches of a range that the results have are parts of them; of one that only operands have, they add up to them."""
+        return [(None,) * t.rank for t in types], [(None,) * t.rank for t in self.infer(types, attrs)]
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        """Emit the op for stretches of some of its index ranges; operands are cut to them, None if nothing is left."""
+        return g.emit(self.name, *(v for v in operands if v is not None), hint=op.results[0].hint, **op.attrs).results
+
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
         """Emit the tile program that computes the results through `write` from operands through `read`."""
         raise CompilerBug(f"{self.name} has no tile program")
@@ -81,6 +108,16 @@ class RowOp(GraphOp):
 
     kind = "rows"
     pattern = "rows"
+    shared: ClassVar[tuple[int, ...]] = ()  # operands that every row reads whole
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        lead = tuple(Axis(f"r{i}") for i in range(types[0].rank - 1))
+
+        def by_row(t: TensorType) -> Axes:
+            return lead + (None,) * (t.rank - len(lead))
+
+        operands = [(None,) * t.rank if i in self.shared else by_row(t) for i, t in enumerate(types)]
+        return operands, [by_row(t) for t in self.infer(types, attrs)]
 
     def space(self, op: Op) -> tuple[int, ...]:
         """The shape it runs over: rows first, the elements of a row last. That of its first operand, or of a larger result."""
@@ -131,6 +168,10 @@ class Pointwise(GraphOp):
             raise ValueError(f"shapes do not broadcast: {', '.join(map(str, types))}") from None
         return (TensorType(self.trace([t.dtype for t in types], attrs).dtype, shape),)
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        (result,) = self.infer(types, attrs)
+        return [broadcast_axes(t, result) for t in types], [broadcast_axes(result, result)]
+
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
         dtypes = ["f32" if np.asarray(x).dtype == np.float64 else dtype_name(x) for x in operands]
         shape = np.broadcast_shapes(*(np.shape(x) for x in operands))
@@ -153,6 +194,12 @@ class Pointwise(GraphOp):
         attrs = {"dtype": "i32"} if self.name == "cast" else {}
         first = [((3, 5),) * self.arity, ((7, 4),) + ((4,),) * (self.arity - 1)]
         return [Example(tuple(map(TensorType, self.dtypes, shapes)), attrs) for shapes in first]
+
+
+def broadcast_axes(type: TensorType, result: TensorType) -> Axes:
+    """The axes of an operand that broadcasts to a result, by the result's; what is repeated is needed whole."""
+    start = result.rank - type.rank
+    return tuple(Axis(f"a{start + i}") if n == result.shape[start + i] else None for i, n in enumerate(type.shape))
 
 
 def _chain(g: GraphBuilder, derivative: scalar.Scalar, op: Op, position: int, grad: Value) -> Value | None:

@@ -51,12 +51,14 @@ def plan(module: Module, caps: Caps) -> Plan:
     pools = {STATE: 0, WORK: 0}
     chains = neighbours(module)
     always = [Lifetime(p.value, p.type.bytes, -1, ALWAYS) for p in module.parameters.values()]
-    state = place(joined(always, chains, {p.name: p.value for p in module.parameters.values()}), STATE, apart, caps, pools)
+    state = place(joined(always, chains, {p.name: p.value for p in module.parameters.values()}), STATE, apart, caps, pools, {})
     entries, live, unshared = {}, 0, 0
     for f in module.functions.values():
         lifetimes = live_ranges(f)
-        blocks = joined(lifetimes, chains, named_values(f))
-        places = place(sorted(blocks, key=lambda x: (-x.bytes, x.start)), WORK, apart, caps, pools)
+        named = named_values(f)
+        blocks = joined(lifetimes, chains, named)
+        names = {v: f"buffer {name} of {f.name}" for name, v in named.items()}
+        places = place(sorted(blocks, key=lambda x: (-x.bytes, x.start)), WORK, apart, caps, pools, names)
         live = max(live, peak(lifetimes))
         unshared = max(unshared, sum(_aligned(x.bytes, caps.offset_alignment) for x in lifetimes))
         entries[f.name] = entry(f, state | places, module)
@@ -143,24 +145,28 @@ def conflicts(module: Module) -> dict[Value, set[Value]]:
 
 
 def place(
-    lifetimes: Sequence[Lifetime], stem: str, apart: Mapping[Value, set[Value]], caps: Caps, pools: dict[str, int]
+    lifetimes: Sequence[Lifetime], stem: str, apart: Mapping[Value, set[Value]], caps: Caps, pools: dict[str, int], names: Mapping[Value, str]
 ) -> dict[Value, Buffer]:
     """Greedy in the order given (largest first is Pisarchyk & Lee 2020, section 5.2): each buffer at the lowest gap that
-    is free for as long as it lives, in the first pool that may hold it. Notes in `pools` how large each has to be."""
+    is free for as long as it lives, in the first pool that may hold it. Notes in `pools` how large each has to be.
+
+    Raises UserError for a buffer that no pool may hold, by its name if hosts know it by one."""
     placed: dict[str, list[Lifetime]] = {stem: []}
     for x in lifetimes:
         if caps.buffer_bytes and x.bytes > caps.buffer_bytes:
-            what = f"buffer {x.value.hint}" if x.value.hint else "an activation"
+            what = names.get(x.value, f"buffer {x.value.hint}" if x.value.hint else "an activation")
             raise UserError(
                 f"{what} ({x.value.type}) has {x.bytes:,} bytes, a buffer of {caps.name} at most {caps.buffer_bytes:,}",
                 hint="take a smaller batch, context or model, or a profile with larger buffers",
             )
+        hostile = set().union(*(apart.get(m.value, ()) for m in x.members))
+        if any(m.value in hostile for m in x.members):
+            raise CompilerBug(f"{x.value.hint} and what must lie behind it are in one pool, and a launch reads the one while it writes the other")
         for number in range(len(placed) + 1):
             x.pool = stem if number == 0 else f"{stem}{number + 1}"
             members = placed.setdefault(x.pool, [])
             x.offset = lowest_gap(x, members, caps.offset_alignment)
             fits = not caps.buffer_bytes or x.offset + x.bytes <= caps.buffer_bytes
-            hostile = set().union(*(apart.get(m.value, ()) for m in x.members))
             if fits and not any(m.value in hostile for m in members):
                 break
         members += x.members

@@ -288,9 +288,11 @@ def adamw(
     beta1, beta2 = training["beta1"], training["beta2"]
     new_m = g("add", g("mul", m, g.constant(beta1)), g("mul", grad, g.constant(1 - beta1)))
     new_v = g("add", g("mul", v, g.constant(beta2)), g("mul", g("mul", grad, grad), g.constant(1 - beta2)))
-    decays = g("lt", g("iota", axis=0, shape=weights.type.shape), g.constant(decaying, "i32"))
     shrink = g("sub", g.constant(1.0), g("mul", scalars["lr"], g.constant(training["weight_decay"])))
-    kept = g("mul", weights, g("where", decays, shrink, g.constant(1.0)))
+    if 0 < decaying < weights.type.size:
+        decays = g("lt", g("iota", axis=0, shape=weights.type.shape), g.constant(decaying, "i32"))
+        shrink = g("where", decays, shrink, g.constant(1.0))
+    kept = g("mul", weights, shrink) if decaying else weights
     deviation = g("add", g("div", g("sqrt", new_v), g("sqrt", scalars["bias2"])), g.constant(training["eps"]))
     step = g("div", scalars["lr"], scalars["bias1"])
     return g("sub", kept, g("mul", step, g("div", new_m, deviation))), new_m, new_v

@@ -12,11 +12,11 @@ from tinygpt.ir.core import Module
 from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.text import parse_module, print_module
 from tinygpt.ir.verify import verify
-from tinygpt.lowering import differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles
+from tinygpt.lowering import chunk, differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles
 from tinygpt.lowering.passes import PASSES, Pass, parse_pipeline
 
-ROOMS = (differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles)  # importing them registers their passes
-DEFAULT = "simplify,merge-products,simplify,differentiate,optimize,simplify,rematerialize,split,fuse,narrow,tile,loops"
+ROOMS = (chunk, differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles)  # importing them registers their passes
+DEFAULT = "simplify,merge-products,simplify,differentiate,optimize,simplify,chunk,rematerialize,split,fuse,narrow,tile,loops"
 CAPTURED = "captured"
 
 
@@ -83,7 +83,7 @@ def resume(path: Path, passes: Sequence[Pass]) -> tuple[Stage, Stage, Sequence[P
     Raises UserError for a file that is no dump of this pipeline, or does not parse or verify."""
     number, _, name = path.stem.partition("-")
     if path.suffix != ".tir" or not number.isdecimal() or int(number) > len(passes):
-        raise UserError(f"--from {path}: not the name of a dump", hint="pass a file that --dump wrote, such as 07-rematerialize.tir")
+        raise UserError(f"--from {path}: not the name of a dump", hint="pass a file that --dump wrote, such as 08-rematerialize.tir")
     expected = CAPTURED if int(number) == 0 else passes[int(number) - 1].name
     if name != expected:
         raise UserError(f"--from {path}: stage {number} of this pipeline is {expected}, not {name}", hint="use the dumps of the same pipeline")

@@ -207,7 +207,7 @@ def consecutive_rows(b: Rewrite, op: Op) -> Found:
         return None
     tokens, table = op.operands
     iota = b.maker(tokens, "iota")
-    if not iota or tokens.type.rank != 1:
+    if not iota or tokens.type.rank != 1 or "first" in op.attrs:
         return None
     return [b("slice", table, axis=0, start=0, stop=tokens.type.shape[0])]
 

@@ -85,7 +85,7 @@ class Splitting:
         together = gpu_parts(longest, pack.result.type.size)
         for value, terms in found.items():
             parts = together if together >= FEWEST else gpu_parts(max(terms), value.type.size) if value.type.size <= VECTORS else 1
-            if parts > 1 and not any(n % parts for n in terms):
+            if parts > 1 and gpu_binds(parts * value.type.size, self.caps) and not any(n % parts for n in terms):
                 self.mark(value, parts)
         return any(v in self.parts for v in pack.operands)
 

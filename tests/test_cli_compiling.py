@@ -52,10 +52,10 @@ def test_every_dump_lowers_to_the_same_bytes(tinygpt: CommandLine, compiled: Pat
 
 
 def test_a_resumed_compilation_can_be_dumped_and_resumed(tinygpt: CommandLine, compiled: Path) -> None:
-    resumed = ("--from", compiled / "stages/07-rematerialize.tir", "--dump", "later")
+    resumed = ("--from", compiled / "stages/08-rematerialize.tir", "--dump", "later")
     tinygpt.works("compile", "mini.json", "--plan-only", *SHAPE, *resumed)
     first, later = contents(compiled / "stages"), contents(tinygpt.folder / "later")
-    assert later == {name: first[name] for name in first if name == "00-captured.tir" or name >= "07"}
+    assert later == {name: first[name] for name in first if name == "00-captured.tir" or name >= "08"}
 
 
 def test_from_refuses_what_is_no_dump_of_this_model(tinygpt: CommandLine, compiled: Path) -> None:
@@ -63,13 +63,13 @@ def test_from_refuses_what_is_no_dump_of_this_model(tinygpt: CommandLine, compil
     plan = ("compile", "mini.json", "--plan-only", *SHAPE, "--from")
     assert "not the name of a dump" in tinygpt.refused(*plan, "mini.json")
     assert "cannot be read" in tinygpt.refused(*plan, "nowhere/00-captured.tir")
-    assert "for batch 2, not 3" in tinygpt.refused(*plan, "stages/09-fuse.tir", "--batch", "3")
-    assert "another config" in tinygpt.refused(*plan, "stages/09-fuse.tir", "--set", "n_layers=2")
-    text = (tinygpt.folder / "stages/09-fuse.tir").read_text()
-    (tinygpt.folder / "stages/09-fuse.tir").write_text(text[: len(text) // 2])
-    assert "09-fuse.tir" in tinygpt.refused(*plan, "stages/09-fuse.tir")
+    assert "for batch 2, not 3" in tinygpt.refused(*plan, "stages/10-fuse.tir", "--batch", "3")
+    assert "another config" in tinygpt.refused(*plan, "stages/10-fuse.tir", "--set", "n_layers=2")
+    text = (tinygpt.folder / "stages/10-fuse.tir").read_text()
+    (tinygpt.folder / "stages/10-fuse.tir").write_text(text[: len(text) // 2])
+    assert "10-fuse.tir" in tinygpt.refused(*plan, "stages/10-fuse.tir")
     (tinygpt.folder / "stages/00-captured.tir").unlink()
-    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/11-tile.tir")
+    assert "00-captured.tir" in tinygpt.refused(*plan, "stages/12-tile.tir")
 
 
 def test_settings_are_fields_of_the_config_or_options_of_the_target(tinygpt: CommandLine) -> None:

@@ -64,7 +64,7 @@ def test_presets_passes_and_devices_list_what_there_is(tinygpt: CommandLine) -> 
 
 def test_ir_prints_any_stage_and_its_text_parses(m: Inspector) -> None:
     assert listing(m) == print_module(m.after("captured"))
-    for name in ("simplify", "simplify.2", "09", "fuse", "09-fuse.tir"):
+    for name in ("simplify", "simplify.2", "10", "fuse", "10-fuse.tir"):
         assert listing(m, after=name) == print_module(parse_module(listing(m, after=name)))
     assert listing(m, level="graph") == listing(m, after="fuse")
     assert listing(m, level="loop") == listing(m, after="loops")

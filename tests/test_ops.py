@@ -195,7 +195,7 @@ TORCH: dict[str, Callable[..., Any]] = {
     "softmax": lambda x: torch.softmax(x, -1),
     "layer_norm": lambda x, w, b, eps: F.layer_norm(x, w.shape, w, b, eps),
     "cross_entropy": lambda x, t: F.cross_entropy(x, t.long(), reduction="none"),
-    "embedding": lambda t, table: F.embedding(t.long(), table),
+    "embedding": lambda t, table, first=0: F.embedding(t.long(), F.pad(table, (0, 0, first, 2 * len(table)))),
     "attention": lambda q, k, v, causal, scale: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
-from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, register
+from tinygpt.ir.registry import Attrs, Axes, Axis, Example, GraphBuilder, GraphOp, register
 from tinygpt.ir.tile import MASKED_SCORE, Position, Reader, Readers, TileBuilder, Writers
 from tinygpt.ir.types import Dim, TensorType
 
@@ -33,6 +33,17 @@ class AttentionOp(GraphOp):
     """What the three attention kernels share: one program per block of one axis of the score matrix of one head."""
 
     pattern = "attention"
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        """Batch and heads, without dropout: what is dropped depends on their numbers."""
+        results = self.infer(types, attrs)
+        if "dropout" in attrs:
+            return super().axes(types, attrs)
+
+        def heads(t: TensorType) -> Axes:
+            return (Axis("b"), Axis("h"), *(None,) * (t.rank - 2))
+
+        return [heads(t) for t in types], [heads(t) for t in results]
 
     def keep(self, k: TileBuilder, op: Op, key: Reader | None, lead: tuple[Index, Index], rows: Dim, cols: Dim, queries: int) -> Value | None:
         """The dropout multiplier of a tile of probabilities: a function of the logical index (b, h, query, key)."""

@@ -7,13 +7,14 @@ them. Nothing is scattered: every element of a result belongs to one grid point,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.index import Index, ceil_div
-from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, RowOp, register, token_example
+from tinygpt.ir.registry import Attrs, Axes, Axis, Box, Example, GraphBuilder, GraphOp, RowOp, named, register, token_example
 from tinygpt.ir.tile import Position, Readers, TileBuilder, Writers
 from tinygpt.ir.types import Dim, TensorType
 
@@ -25,7 +26,9 @@ MOST_POSITIONS = 1 << 24  # that are counted in float32 without rounding
 
 @register
 class Embedding(RowOp):
-    """table[tokens]: [...] of i32 and [V, C] -> [..., C]. Tokens are checked against V by the host."""
+    """table[tokens]: [...] of i32 and [V, C] -> [..., C]. Tokens are checked against V by the host.
+
+    With `first`, the table is a part of a larger one, from row `first` on; tokens that lie elsewhere give rows of zeros."""
 
     name = "embedding"
 
@@ -36,38 +39,61 @@ class Embedding(RowOp):
         return (TensorType(table.dtype, (*tokens.shape, table.shape[1])),)
 
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
-        return (operands[1][operands[0]],)
+        tokens, table = operands
+        if "first" not in attrs:
+            return (table[tokens],)
+        here = tokens - attrs["first"]
+        inside = (here >= 0) & (here < len(table))
+        return (np.where(inside[..., None], table[np.where(inside, here, 0)], np.zeros((), table.dtype)),)
 
     def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
         if grads[0] is None:
             return [None, None]
         tokens, table = op.operands
-        count, (vocabulary, width) = tokens.type.size, table.type.shape
+        count, (vocabulary, width), first = tokens.type.size, table.type.shape, op.attrs.get("first", 0)
         positions, dy = g("reshape", tokens, shape=(count,)), g("reshape", grads[0], shape=(count, width))
         if vocabulary <= SMALL_VOCABULARY:
-            return [None, g("embedding_grad", positions, dy, vocabulary=vocabulary)]
+            return [None, g("embedding_grad", positions, dy, vocabulary=vocabulary, **op.attrs)]
         order = g("inverse_permutation", g("stable_ranks", positions))
-        starts = g("segment_starts", positions, vocabulary=vocabulary)
-        return [None, g("segment_sum", dy, order, starts, first=0, rows=vocabulary)]
+        starts = g("segment_starts", positions, vocabulary=first + vocabulary)
+        return [None, g("segment_sum", dy, order, starts, first=first, rows=vocabulary)]
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        lead = tuple(Axis(f"r{i}") for i in range(types[0].rank))
+        return [lead, named("v c")], [(*lead, Axis("c"))]
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        return super().stretch(g, replace(op, attrs=_from_row(op, box)), operands, box)
 
     def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
         tokens, table = read
-        c = k.axis("c", table.type.shape[1])
-        return [table.gather(tokens(*lead, rows=i), c)]
+        (v, width), first, token = table.type.shape, op.attrs.get("first"), tokens(*lead, rows=i)
+        c = k.axis("c", width)
+        if first is None:
+            return [table.gather(token, c)]
+        here = k.pointwise("sub", token, k.fill(first, dtype="i32"))
+        near = k.pointwise("min", k.pointwise("max", here, k.fill(0, dtype="i32")), k.fill(v - 1, dtype="i32"))
+        return [k.pointwise("where", k.pointwise("eq", here, near), table.gather(near, c), k.fill(0.0))]
 
     def examples(self) -> Sequence[Example]:
         found = []
         for m, v, c in ((5, 12, 6), (70, 33, 20), (9, SMALL_VOCABULARY + 1, 3)):
             types = (TensorType("i32", (m,)), TensorType("f32", (v, c)))
-            found.append(token_example(types, v))
+            found += [token_example(types, v), token_example(types, 2 * v, {"first": v // 2})]
         return found
+
+
+def _from_row(op: Op, box: Box) -> Attrs:
+    """An op's attributes when its table is cut to some rows."""
+    return {**op.attrs, "first": op.attrs.get("first", 0) + box["v"][0]} if "v" in box else dict(op.attrs)
 
 
 @register
 class EmbeddingGrad(GraphOp):
     """Gradient of embedding with respect to a small table: row v is the sum of the rows of dy whose token is v.
 
-    The tile program is a product with the one-hot matrix of the tokens, which is never stored as a whole."""
+    With `first`, row v is that of token first + v, and tokens that have no row are in no sum. The tile program is a product with
+    the one-hot matrix of the tokens, which is never stored as a whole."""
 
     name = "embedding_grad"
     pattern = "contraction"
@@ -83,19 +109,27 @@ class EmbeddingGrad(GraphOp):
 
     def evaluate(self, operands: Sequence[np.ndarray], attrs: Attrs) -> tuple[np.ndarray, ...]:
         tokens, dy = operands
-        parts = attrs.get("parts", 1)
+        parts, here = attrs.get("parts", 1), tokens - attrs.get("first", 0)
+        inside = (here >= 0) & (here < attrs["vocabulary"])
         table = np.zeros((parts, attrs["vocabulary"], dy.shape[1]), np.float64)
-        np.add.at(table, (np.repeat(np.arange(parts), len(tokens) // parts), tokens), dy)
+        np.add.at(table, (np.repeat(np.arange(parts), len(tokens) // parts)[inside], here[inside]), dy[inside])
         return ((table if parts > 1 else table[0]).astype(dy.dtype),)
 
     def terms(self, types: Sequence[TensorType]) -> int:
         return types[0].size
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        return ([named("m"), named("m c")], [named("v c")]) if attrs.get("parts", 1) == 1 else ([(None,), named("_ c")], [named("_ v c")])
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        start, stop = box.get("v", (0, op.attrs["vocabulary"]))
+        return super().stretch(g, replace(op, attrs={**_from_row(op, box), "vocabulary": stop - start}), operands, box)
+
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
         tokens, dy = read
         vocabulary, (inner, columns) = op.attrs["vocabulary"], dy.type.shape
         block_rows, block_columns, block_inner = k.order["tile"]
-        parts = op.attrs.get("parts", 1)
+        parts, offset = op.attrs.get("parts", 1), op.attrs.get("first", 0)
         extent = inner // parts
         block_inner = block_inner if extent % block_inner == 0 or parts == 1 else extent  # no block lies in two parts
         part = [k.grid(parts)] if parts > 1 else []
@@ -107,7 +141,8 @@ class EmbeddingGrad(GraphOp):
 
         def body(n: Index, acc: Value) -> list[Value]:
             m = k.dim("k", first + n * block_inner, block_inner, inner)
-            hit = k.pointwise("eq", k.iota(i, 0), tokens(m, cols=m))
+            row = k.pointwise("add", k.iota(i, 0), k.fill(offset, dtype="i32")) if offset else k.iota(i, 0)
+            hit = k.pointwise("eq", row, tokens(m, cols=m))
             return [k.dot(acc, k.pointwise("where", hit, k.fill(1.0), k.fill(0.0)), dy(m, j, rows=m, cols=j))]
 
         (acc,) = k.loop(0, ceil_div(extent, block_inner), [k.fill(0.0, i, j)], body)
@@ -117,7 +152,7 @@ class EmbeddingGrad(GraphOp):
         found = []
         for m, v, c in ((5, 12, 6), (70, 33, 20)):
             types = (TensorType("i32", (m,)), TensorType("f32", (m, c)))
-            found.append(token_example(types, v, {"vocabulary": v}))
+            found += [token_example(types, v, {"vocabulary": v}), token_example(types, 2 * v, {"vocabulary": v, "first": v // 2})]
         split = (TensorType("i32", (12,)), TensorType("f32", (12, 6)))
         return [*found, token_example(split, 9, {"vocabulary": 9, "parts": 2})]
 
@@ -243,6 +278,13 @@ class SegmentSum(GraphOp):
         table = np.zeros((attrs["rows"], dy.shape[1]), np.float64)
         np.add.at(table, np.repeat(np.arange(attrs["rows"]), np.diff(ends)), dy[order[ends[0] : ends[-1]]])
         return (table.astype(dy.dtype),)
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        return [named("_ c"), named("_"), named("_")], [named("v c")]
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        start, stop = box.get("v", (0, op.attrs["rows"]))
+        return super().stretch(g, replace(op, attrs={**_from_row(op, box), "rows": stop - start}), operands, box)
 
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
         dy, order, starts = read

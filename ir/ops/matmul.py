@@ -8,7 +8,7 @@ import numpy as np
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
-from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, register
+from tinygpt.ir.registry import Attrs, Axes, Example, GraphBuilder, GraphOp, named, register
 from tinygpt.ir.tile import Position, Readers, TileBuilder, Writers
 from tinygpt.ir.types import TensorType
 
@@ -65,6 +65,13 @@ class Matmul(GraphOp):
     def terms(self, types: Sequence[TensorType]) -> int:
         a, b = types
         return a.shape[-1] if a.rank == 2 and b.rank == 2 else 0
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        if attrs.get("parts", 1) > 1:
+            return super().axes(types, attrs)
+        a, b = types
+        lead = " ".join(f"b{i}" for i in range(a.rank - 2))
+        return [named(f"{lead} m k"), named(f"{lead if b.rank > 2 else ''} k n")], [named(f"{lead} m n")]
 
     def tiles(self, k: TileBuilder, op: Op, read: Readers, write: Writers) -> None:
         a, b = read

@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from tinygpt.ir.core import Op, Value
-from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, register
+from tinygpt.ir.registry import Attrs, Axes, Axis, Box, Example, GraphBuilder, GraphOp, broadcast_axes, register
 from tinygpt.ir.storage import Strided, reshape_strides
 from tinygpt.ir.types import NUMPY_DTYPES, TensorType
 
@@ -30,8 +30,21 @@ class ViewOp(GraphOp):
         return None
 
 
+class ShapedOp(GraphOp):
+    """An op whose attribute `shape` is the shape of its result."""
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        _, (axes,) = self.axes([v.type for v in op.operands], dict(op.attrs))
+        shape = list(op.attrs["shape"])
+        for i, axis in enumerate(axes):
+            if axis is not None and axis.range in box:
+                start, stop = box[axis.range]
+                shape[i] = stop - start
+        return g.emit(self.name, *(v for v in operands if v is not None), **{**op.attrs, "shape": tuple(shape)}).results
+
+
 @register
-class Reshape(ViewOp):
+class Reshape(ShapedOp, ViewOp):
     """The same elements in row-major order under another shape."""
 
     name = "reshape"
@@ -47,6 +60,17 @@ class Reshape(ViewOp):
 
     def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
         return [grads[0] and g("reshape", grads[0], shape=op.operands[0].type.shape)]
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        """Axes that stay as they are: with as many indices, and as many elements before them."""
+        before, after = types[0].shape, tuple(attrs["shape"])
+        same = {(prod(before[:i]), n) for i, n in enumerate(before)} & {(prod(after[:i]), n) for i, n in enumerate(after)}
+
+        def kept(shape: tuple[int, ...]) -> Axes:
+            places = [(prod(shape[:i]), n) for i, n in enumerate(shape)]
+            return tuple(Axis(f"a{place[0]}") if place[1] > 1 and place in same else None for place in places)
+
+        return [kept(before)], [kept(after)]
 
     def view(self, storage: Strided, attrs: Attrs) -> Strided | None:
         return reshape_strides(storage, tuple(attrs["shape"]))
@@ -76,6 +100,10 @@ class Transpose(ViewOp):
 
     def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
         return [grads[0] and g("transpose", grads[0], perm=_inverse(op.attrs["perm"]))]
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        axes = tuple(Axis(f"a{i}") for i in range(types[0].rank))
+        return [axes], [tuple(axes[i] for i in attrs["perm"])]
 
     def view(self, storage: Strided, attrs: Attrs) -> Strided | None:
         perm = attrs["perm"]
@@ -121,6 +149,14 @@ class Slice(ViewOp):
                 pieces = [zeros, *pieces] if before else [*pieces, zeros]
         return [g("concat", *pieces, axis=axis) if len(pieces) > 1 else pieces[0]]
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        rank = types[0].rank
+        return [tuple(Axis(f"a{i}") for i in range(rank))], [tuple(Axis(f"a{i}", attrs["start"] if i == attrs["axis"] else 0) for i in range(rank))]
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        cut = f"a{op.attrs['axis']}" in box  # then nothing but the stretch is left of the operand
+        return [v for v in operands if v is not None] if cut else super().stretch(g, op, operands, box)
+
     def view(self, storage: Strided, attrs: Attrs) -> Strided | None:
         axis, start, stop = attrs["axis"], attrs["start"], attrs["stop"]
         shape = (*storage.shape[:axis], stop - start, *storage.shape[axis + 1 :])
@@ -156,6 +192,18 @@ class Concat(ViewOp):
             start = stop
         return found
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        rank, start = types[0].rank, 0
+        operands: list[Axes] = []
+        for t in types:
+            operands.append(tuple(Axis(f"a{i}", start if i == attrs["axis"] else 0) for i in range(rank)))
+            start += t.shape[attrs["axis"]]
+        return operands, [tuple(Axis(f"a{i}") for i in range(rank))]
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        left = [v for v in operands if v is not None]
+        return left if len(left) == 1 else super().stretch(g, op, left, box)
+
     def place(self, storage: Strided, types: Sequence[TensorType], attrs: Attrs) -> list[Strided] | None:
         axis, start, placed = attrs["axis"], 0, []
         for t in types:
@@ -168,7 +216,7 @@ class Concat(ViewOp):
 
 
 @register
-class Broadcast(ViewOp):
+class Broadcast(ShapedOp, ViewOp):
     """Repeat along missing axes and axes of extent one (numpy's rules)."""
 
     name = "broadcast"
@@ -186,6 +234,10 @@ class Broadcast(ViewOp):
 
     def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
         return [g.sum_to(grads[0], op.operands[0].type.shape)]
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        (result,) = self.infer(types, attrs)
+        return [broadcast_axes(types[0], result)], [broadcast_axes(result, result)]
 
     def view(self, storage: Strided, attrs: Attrs) -> Strided | None:
         shape = tuple(attrs["shape"])
@@ -220,7 +272,7 @@ class Constant(Source):
 
 
 @register
-class Iota(Source):
+class Iota(ShapedOp, Source):
     """The index along one axis, as i32."""
 
     name = "iota"
@@ -235,9 +287,16 @@ class Iota(Source):
         index = np.arange(shape[axis], dtype=np.int32).reshape((-1,) + (1,) * (len(shape) - axis - 1))
         return (np.broadcast_to(index, shape),)
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        return [], [tuple(Axis(f"a{i}") for i in range(len(attrs["shape"])))]
+
+    def stretch(self, g: GraphBuilder, op: Op, operands: Sequence[Value | None], box: Box) -> Sequence[Value]:
+        found = super().stretch(g, op, operands, box)
+        first, _ = box.get(f"a{op.attrs['axis']}", (0, 0))
+        return [g("add", found[0], g.constant(first, "i32"))] if first else found
+
     def examples(self) -> Sequence[Example]:
         return [Example((), {"axis": 1, "shape": (3, 4)})]
-
 
 
 @register

@@ -19,6 +19,7 @@ class LayerNorm(RowOp):
     """Layer normalization over the last axis (Ba et al. 2016): results y, mean and 1/deviation (biased variance)."""
 
     name = "layer_norm"
+    shared = (1, 2)
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         x, weight, bias = types
@@ -65,6 +66,7 @@ class LayerNormGrad(RowOp):
     """Gradient of layer_norm with respect to its input, from dy, x, gain, mean and 1/deviation."""
 
     name = "layer_norm_grad"
+    shared = (2,)
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         dy, x, weight, mean, rstd = types

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 
 from tinygpt.ir.core import Op, Value
-from tinygpt.ir.registry import Attrs, Example, GraphBuilder, GraphOp, RowOp, register
+from tinygpt.ir.registry import Attrs, Axes, Axis, Example, GraphBuilder, GraphOp, RowOp, named, register
 from tinygpt.ir.tile import Position, Readers, TileBuilder
 from tinygpt.ir.types import Dim, TensorType
 
@@ -35,6 +35,10 @@ class Sum(GraphOp):
         kept = tuple(1 if i in op.attrs["axes"] else n for i, n in enumerate(shape))
         return [g("broadcast", g("reshape", grads[0], shape=kept), shape=shape)]
 
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        axes = tuple(Axis(f"a{i}") for i in range(types[0].rank))
+        return [axes], [tuple(axis for i, axis in enumerate(axes) if i not in attrs["axes"])]
+
     def examples(self) -> Sequence[Example]:
         x = TensorType("f32", (3, 4, 5))
         return [Example((x,), {"axes": axes}) for axes in ((0,), (2,), (0, 1), (0, 1, 2))]
@@ -57,6 +61,10 @@ class SumRows(RowOp):
     def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
         shape = op.operands[0].type.shape
         return [grads[0] and g("broadcast", g("reshape", grads[0], shape=(*shape[:-1], 1)), shape=shape)]
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        lead = tuple(Axis(f"r{i}") for i in range(types[0].rank - 1))
+        return [(*lead, Axis("c"))], [lead]
 
     def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
         c = k.axis("c", read[0].type.shape[-1])
@@ -87,6 +95,9 @@ class SumParts(RowOp):
     def gradient(self, g: GraphBuilder, op: Op, grads: Sequence[Value | None]) -> Sequence[Value | None]:
         shape = op.operands[0].type.shape
         return [grads[0] and g("broadcast", g("reshape", grads[0], shape=(1, *shape[1:])), shape=shape)]
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        return [named("p m c")], [named("m c")]
 
     def rows(self, k: TileBuilder, op: Op, lead: Sequence[Position], i: Dim | None, read: Readers) -> list[Value]:
         parts, _, columns = read[0].type.shape
@@ -131,6 +142,9 @@ class SumColumns(GraphOp):
 
     def terms(self, types: Sequence[TensorType]) -> int:
         return types[0].shape[0]
+
+    def axes(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[list[Axes], list[Axes]]:
+        return ([named("r c")], [named("c")]) if attrs.get("parts", 1) == 1 else ([named("_ c")], [named("_ c")])
 
     def column(self, k: TileBuilder, op: Op, i: Dim, j: Dim, read: Readers) -> Value:
         """What a block of rows adds to the columns j."""

@@ -169,7 +169,7 @@ COMMANDS = (
             "tinygpt compile small --out small.bundle",
             "tinygpt compile config.json --target wasm32 --out web --batch 8",
             "tinygpt compile tiny --plan-only --set n_layers=4",
-            "tinygpt compile tiny --out t --dump stages && tinygpt compile tiny --out t --from stages/09-fuse.tir",
+            "tinygpt compile tiny --out t --dump stages && tinygpt compile tiny --out t --from stages/10-fuse.tir",
             "tinygpt compile tiny --plan-only --batch 2 --context 8 --check each",
         ),
         _compile_arguments,
