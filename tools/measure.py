@@ -287,11 +287,12 @@ def gpu_steps(options: argparse.Namespace) -> str:
     command = ["bench", "--target", "wgsl", "--set", f"profile={options.profile}", "--against", options.against, "--rounds", str(options.rounds), "--json"]
     contestants = options.presets or ("tiny", "small", "medium", "large", "xl", "huge", "massive", "mega", str(GPT2))
     rows = list(records("gpu", [[*command, *(("--batch", "4") if name == str(GPT2) else ()), name] for name in contestants]))
+    shown = [name for name in CUDA_RIVALS if any(name in row["rivals"] for row in rows)]
     cells = [
-        (Path(name).stem, f"{row['ms']:.3f}", f"{row['gflops'] / 1e3:.2f}", *(f"{row['rivals'][n]:.3f} ({row['ratios'][n]:.2f}×)" if n in row["rivals"] else "" for n in CUDA_RIVALS))
+        (Path(name).stem, f"{row['ms']:.3f}", f"{row['gflops'] / 1e3:.2f}", *(f"{row['rivals'][n]:.3f} ({row['ratios'][n]:.2f}×)" if n in row["rivals"] else "" for n in shown))
         for name, row in zip(contestants, rows, strict=True)
     ]  # fmt: skip
-    return f"Profile `{options.profile}`.\n\n" + doc_tables.table(("preset", "WebGPU, ms", "TFLOP/s", *(f"{n}, ms (its time over ours)" for n in CUDA_RIVALS)), cells)
+    return f"Profile `{options.profile}`.\n\n" + doc_tables.table(("preset", "WebGPU, ms", "TFLOP/s", *(f"{n}, ms (its time over ours)" for n in shown)), cells)
 
 
 def curve(options: argparse.Namespace) -> str:
