@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of learning")
     parser.add_argument("--rounds", type=int, default=2, help="of gpu and curve: turns that each contestant gets")
     parser.add_argument("--profile", default="adapter", help="of gpu: what to compile for")
-    parser.add_argument("--against", default=",".join(CUDA_RIVALS), help="of gpu: the rivals")
+    parser.add_argument("--against", help="of speed and gpu: the rivals, with commas (default: all on a processor beside C++, none beside WebAssembly)")
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
     if options.what == "gpu":
@@ -94,7 +94,8 @@ def main() -> None:
 
 def speed(options: argparse.Namespace) -> str:
     """A row for each preset: ours, each rival, the ratios, and the share of the FMA peak."""
-    command = ["bench", "--target", options.target, "--threads", str(options.threads), "--against", ",".join(RIVALS), "--json"]
+    against = options.against or (",".join(RIVALS) if options.target == "cpp" else "none")
+    command = ["bench", "--target", options.target, "--threads", str(options.threads), "--against", against, "--json"]
     command += ["--engine", options.engine] if options.engine else []
     rows = list(records("speed", [[*command, preset] for preset in options.presets or ("tiny", "small")]))
     shown = [name for name in RIVALS if any(name in row["rivals"] for row in rows)]
@@ -284,7 +285,7 @@ def browser_losses(folder: Path, threads: int) -> list[float]:
 
 def gpu_steps(options: argparse.Namespace) -> str:
     """A row for each preset: a whole training step on WebGPU, and PyTorch's on CUDA in the same minutes."""
-    command = ["bench", "--target", "wgsl", "--set", f"profile={options.profile}", "--against", options.against, "--rounds", str(options.rounds), "--json"]
+    command = ["bench", "--target", "wgsl", "--set", f"profile={options.profile}", "--against", options.against or ",".join(CUDA_RIVALS), "--rounds", str(options.rounds), "--json"]
     contestants = options.presets or ("tiny", "small", "medium", "large", "xl", "huge", "massive", "mega", str(GPT2))
     rows = list(records("gpu", [[*command, *(("--batch", "4") if name == str(GPT2) else ()), name] for name in contestants]))
     shown = [name for name in CUDA_RIVALS if any(name in row["rivals"] for row in rows)]
@@ -327,7 +328,7 @@ def learning(options: argparse.Namespace) -> str:
         data = ["--data", options.data] if options.data else []
         place = ["--target", options.target] + (["--threads", str(options.threads)] if options.target != "wgsl" else [])
         began = time.perf_counter()
-        tinygpt("train", preset, *place, "--steps", str(steps), "--eval-every", str(steps // 6), "--out", checkpoint, "--metrics", str(metrics), *data)
+        tinygpt("train", preset, *place, "--steps", str(steps), "--eval-every", str(steps // 6), "--save-every", "0", "--out", checkpoint, "--metrics", str(metrics), *data)
         took = time.perf_counter() - began
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         samples = [tinygpt("generate", checkpoint, *place, "--prompt", "ROMEO:", "--tokens", "240", "--seed", str(seed)) for seed in range(1, 4)]
