@@ -328,7 +328,7 @@ def learning(options: argparse.Namespace) -> str:
         data = ["--data", options.data] if options.data else []
         place = ["--target", options.target] + (["--threads", str(options.threads)] if options.target != "wgsl" else [])
         began = time.perf_counter()
-        tinygpt("train", preset, *place, "--steps", str(steps), "--eval-every", str(steps // 6), "--save-every", "0", "--out", checkpoint, "--metrics", str(metrics), *data)
+        tinygpt("train", preset, *place, "--steps", str(steps), "--eval-every", str(steps // 6), "--out", checkpoint, "--metrics", str(metrics), *data)
         took = time.perf_counter() - began
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         samples = [tinygpt("generate", checkpoint, *place, "--prompt", "ROMEO:", "--tokens", "240", "--seed", str(seed)) for seed in range(1, 4)]
