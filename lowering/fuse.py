@@ -1,8 +1,8 @@
 """fuse: gather ops into groups, each of which becomes one kernel.
 
 A group has at most one product or attention as its root, pointwise ops before it (computed operands) and behind it
-(epilogue); or row programs over the same rows with the pointwise ops around them; or column sums over the same matrix;
-or pointwise ops alone. Views stay outside: they are addresses. Groups are numbered in the order in which they will run,
+(epilogue); or row programs over the same rows with the pointwise ops around them; or column sums over matrices of one
+shape; or pointwise ops alone. Views stay outside: they are addresses. Groups are numbered in the order in which they will run,
 and an op may join a group only if everything else it reads comes from groups before it."""
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Kernel, Op, Region, Value
-from tinygpt.ir.errors import UserError
+from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.index import Index
 from tinygpt.ir.plan import grid_points
 from tinygpt.ir.tile import IDENTITY, STRUCTURAL
@@ -63,6 +63,7 @@ class GpuLowering(DotLowering):
         threads = self.layout.threads
         if self.caps.workgroup_threads and threads > self.caps.workgroup_threads:
             raise refusal(self.kernel, f"wants {threads} threads, {self.caps.name} has {self.caps.workgroup_threads}", "choose fewer threads in its schedule")
+        self.require_one_product()
         self.when(self.edges(), lambda: self.block(self.kernel.body.ops))
         size = 4 * sum(self.most.values())
         if self.caps.workgroup_bytes and size > self.caps.workgroup_bytes:
@@ -76,8 +77,9 @@ class GpuLowering(DotLowering):
         return replace(self.kernel, body=Region(params, self.b.finish()), cost=cost, level="loop")
 
     def edges(self) -> list[tuple[Index, Index | int]]:
-        """Where a thread has elements at all, if the kernel changes a buffer in place, an element a thread: behind the end
-        of an axis addresses are clamped, and a thread would read what another is changing."""
+        """Where a thread has elements at all, if the kernel changes a buffer in place, one vector a thread: behind the end
+        of an axis addresses are clamped, and a thread would read what another is changing. Threads with several vectors
+        are not kept from that; what they read so they do not use."""
         written = [op.operands[1].type for op in self.kernel.body.walk() if op.name == "store" and op.operands[0] in self.in_place]
         meets = any(op.name in ("dot", "reduce") for op in self.kernel.body.walk())
         if meets or not written or any(type != written[0] or len(self.keys(type)) > 1 for type in written):
@@ -86,6 +88,17 @@ class GpuLowering(DotLowering):
         places = [(rows, self.layout.row(rows, 0), 1)] if rows else []
         places += [(cols, self.layout.col(cols, 0), self.layout.width(cols))] if cols else []
         return [(at, self.live(dim)) for dim, at, width in places if self.may_be_outside(dim, at, width)]
+
+    def require_one_product(self) -> None:
+        """Groups of threads share one product from zero, and what follows it is each thread's own."""
+        if self.layout.groups == 1:
+            return
+        found = [op for op in self.kernel.body.walk() if op.name in ("dot", "reduce", "for")]
+        product = found[0] if len(found) == 1 and found[0].name == "dot" else None
+        start = self.makers.get(product.operands[0]) if product else None
+        from_zero = start is not None and start.name == "fill" and not start.attrs["value"]
+        if product is None or not from_zero or any(self.is_placed(v) for v in product.operands[1:]):
+            raise CompilerBug(f"{self.kernel.name}: groups of threads share one product of operands in memory; this is another program")
 
     # -- structure
     def block(self, ops: Sequence[Op]) -> None:

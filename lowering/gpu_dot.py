@@ -4,9 +4,13 @@ Both operands lie there k-major: the left one as [k][row], the right one as [k][
 of four consecutive rows and columns and adds their outer product to its register block. A free operand is computed
 while it is staged, slice by slice; where its elements lie one after another along k in memory, neighbouring threads read
 along k, and squares of four by four are transposed in registers. Their columns go to the same few banks of workgroup
-memory, so lines are rotated, each four of k further than the four before. A placed operand, a product's result say, is written whole by the threads that hold it.
-Rows and columns of outputs beyond their axis may hold anything, as they are never stored; beyond the end of the
-contraction operands are zero."""
+memory, so lines are rotated, each four of k further than the four before. A placed operand, a product's result say, is
+written whole by the threads that hold it. Rows and columns of outputs beyond their axis may hold anything, as they are
+never stored; beyond the end of the contraction operands are zero.
+
+Where tiles are few, groups of threads share the contraction: each has the whole register block and multiplies its share
+of every slice. Behind the last slice two groups exchange halves, so that each goes on with half of the rows; of more, or
+where rows do not halve, the first gets all sums and goes on alone."""
 
 from __future__ import annotations
 
@@ -73,7 +77,7 @@ class DotLowering(WorkgroupLowering):
         """acc + a @ b into the register block of the result."""
         acc, a, b = op.operands
         (rows, inner), cols = a.type.dims, b.type.cols
-        depth = slice_depth(self.kernel.cost.get("slice", SLICE), inner)
+        depth = slice_depth(self.kernel.order.get("slice", self.kernel.cost.get("slice", SLICE)), inner)
         slices = ceil_div(inner.size, depth)
         left = self.operand(a, 0, rows, depth, slices)
         right = self.operand(b, 1, cols, depth, slices)

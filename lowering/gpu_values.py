@@ -1,6 +1,6 @@
 """Values of the gpu strategy: which elements of a tile a thread holds, and how an element is computed anywhere.
 
-The threads of a workgroup form a grid, THREADS_Y x THREADS_X. A tile's rows are dealt to the threads along y and its
+The threads of a workgroup form a grid, THREADS_Y x THREADS_X, or several such groups. A tile's rows are dealt to the threads along y and its
 columns, in groups of up to four consecutive ones, to those along x; a thread's elements are its register block. All
 tiles of a kernel share these two maps, so pointwise ops never leave a thread, a column vector <i, _> is the same along
 x and a row vector <_, j> the same along y.

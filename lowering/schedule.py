@@ -99,8 +99,8 @@ CPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
 @dataclass(frozen=True)
 class GpuProduct:
     """A schedule of products: a tile of the output, threads, groups of threads that share the contraction, a slice of it; the
-    fewest tiles that fill a device, from which contraction on it pays, and whether columns must come in fours, so that
-    what it keeps in workgroup memory is no more than 16 KiB."""
+    fewest tiles that fill a device, from which contraction on it pays, and whether all threads must hold rows and columns in
+    fours, so that what it keeps in workgroup memory is no more than 16 KiB."""
 
     tile: tuple[int, int]
     threads: tuple[int, int]
@@ -115,7 +115,8 @@ class GpuProduct:
         (height, width), rows, columns = self.tile, extents["rows"], extents["columns"]
         tiles = ceil_div(rows, height) * ceil_div(columns, width)
         enough = tiles * extents["batch"] >= self.fewest and extents["inner"] >= self.shortest
-        return enough and tiles * height * width <= 1.25 * rows * columns and not (self.in_fours and columns % 4)
+        ragged = self.in_fours and (columns % 4 or rows <= height - self.threads[0])
+        return enough and tiles * height * width <= 1.25 * rows * columns and not ragged
 
 
 # Large tiles read each operand less often, small ones and groups leave no multiprocessor idle. Measured on an H100 in the
@@ -131,9 +132,10 @@ FEW_TILES = GpuProduct((32, 32), (8, 8), 4, 64)
 
 
 def gpu_contraction(extents: Mapping[str, int], caps: Caps) -> Schedule:
-    """The first of the schedules of products that suits."""
+    """The first of the schedules of products that suits. Where groups share the contraction, the slice decides who adds what."""
     found = next((p for p in GPU_PRODUCTS if p.suits(extents)), FEW_TILES)
-    return Schedule({"tile": (*found.tile, extents["inner"]), "threads": found.threads, "groups": found.groups}, {"slice": found.depth})
+    order = {"tile": (*found.tile, extents["inner"]), "threads": found.threads, "groups": found.groups, "slice": found.depth}
+    return Schedule(order, {})
 
 
 def gpu_attention(extents: Mapping[str, int], caps: Caps) -> Schedule:
@@ -190,7 +192,7 @@ def gpu_parts(inner: int, elements: int) -> int:
 
 def gpu_binds(elements: int, caps: Caps) -> bool:
     """Whether a device binds so many numbers as one buffer."""
-    return 4 * elements <= min(caps.binding_bytes or LARGEST_PARTIALS, caps.buffer_bytes or LARGEST_PARTIALS)
+    return all(4 * elements <= limit for limit in (caps.binding_bytes, caps.buffer_bytes) if limit)
 
 
 def threads_along(extent: int, most: int) -> int:

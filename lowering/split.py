@@ -46,7 +46,8 @@ class Splitting:
         self.g = GraphBuilder()
 
     def split(self) -> Function:
-        packs = {op: self.choose(op) for op in self.function.body.ops if op.name == "pack"}
+        flat = [op for op in self.function.body.ops if op.name == "pack"]
+        packs = {op: self.choose(op, sum(p.result.type.size for p in flat)) for op in flat}
         for op in self.function.body.ops:
             self.g.loc = op.loc
             operands = [self.mapping.get(v, v) for v in op.operands]
@@ -76,13 +77,13 @@ class Splitting:
         count = OPS[op.name].terms([v.type for v in op.operands])
         return [count] if count else None
 
-    def choose(self, pack: Op) -> bool:
-        """Decide what of a pack is made in parts; whether anything is."""
+    def choose(self, pack: Op, size: int) -> bool:
+        """Decide what of a pack is made in parts; whether anything is. All packs have `size` elements."""
         found: Mapping[Value, list[int]] = {v: terms for v in pack.operands if (terms := self.terms(v))}
         if not found:
             return False
         longest = max(n for terms in found.values() for n in terms)
-        together = gpu_parts(longest, pack.result.type.size)
+        together = gpu_parts(longest, size)
         for value, terms in found.items():
             parts = together if together >= FEWEST else gpu_parts(max(terms), value.type.size) if value.type.size <= VECTORS else 1
             if parts > 1 and gpu_binds(parts * value.type.size, self.caps) and not any(n % parts for n in terms):

@@ -144,6 +144,7 @@ class GpuEngine:
             try:
                 self._pools[name] = self._device.create_buffer(label=name, size=max(size, _VECTOR_BYTES), usage=flags)
             except self._wgpu.GPUError as error:
+                self._device.destroy()
                 raise UserError(
                     f"bundle {folder}: pool {name} of {size:,} bytes cannot be had: {error}",
                     hint="compile with a smaller --batch or --context",

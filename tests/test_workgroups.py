@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tests.lowered import passes_until, random_buffers, small_model
+from tests.lowered import op_module, passes_until, random_buffers, small_model, tiled
 from tests.test_random_tiles import THOROUGH
 from tests.tile_programs import tile_programs
 from tinygpt.compiler import module_for
-from tinygpt.ir.core import Kernel, Module, Op, Region
+from tinygpt.ir.core import Kernel, Module, Op, Region, Value
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.interpret_tile import run_kernel
 from tinygpt.ir.interpret_workgroup import run_workgroups
 from tinygpt.ir.plan import grid_points
+from tinygpt.ir.registry import Example
 from tinygpt.ir.text import parse_kernel, print_kernel
+from tinygpt.ir.types import TensorType
 from tinygpt.ir.verify import verify_kernel
+from tinygpt.lowering import schedule
 from tinygpt.lowering.gpu import lower
+from tinygpt.lowering.schedule import FEW_TILES, GPU_PRODUCTS, GpuProduct
+from tinygpt.lowering.simplify import Simplify
 from tinygpt.presets import PRESETS
 from tinygpt.targets.wgsl.profiles import DEFAULT
 
@@ -183,6 +188,42 @@ def test_kernels_of_a_step_break_no_rule(name: str) -> None:
         last = grid_points(kernel) - 1
         points = range(last + 1) if name == "tiny" else sorted({0, last // 2, last})
         run_workgroups(lower(kernel, DEFAULT), random_buffers(kernel, np.random.default_rng(0)), points)
+
+
+def product(rows: int, inner: int, columns: int) -> Kernel:
+    """The tile kernel of a product of matrices."""
+    shapes = (TensorType("f32", (rows, inner)), TensorType("f32", (inner, columns)))
+    (kernel,) = tiled(Simplify().run(op_module("matmul", Example(shapes)), DEFAULT), DEFAULT).kernels.values()
+    return kernel
+
+
+@pytest.mark.parametrize("chosen", [*GPU_PRODUCTS, FEW_TILES], ids=lambda p: f"{p.tile}x{p.groups}")
+def test_every_schedule_of_products_breaks_no_rule_at_its_edges(chosen: GpuProduct, monkeypatch: pytest.MonkeyPatch) -> None:
+    height, width = chosen.tile
+    edges = [(height, 64, width), (height + 3, 17, width + 4), (2 * height - 1, 96, width)]
+    if not chosen.in_fours:
+        edges += [(height - 5, 9, width - 1), (3, 5, 2)]
+    monkeypatch.setattr(schedule, "GPU_PRODUCTS", [chosen])
+    monkeypatch.setattr(GpuProduct, "suits", lambda self, extents: True)
+    for rows, inner, columns in edges:
+        kernel = product(rows, inner, columns)
+        assert kernel.order["tile"][:2] == chosen.tile and kernel.order["groups"] == chosen.groups
+        assert_sound(kernel)
+
+
+@pytest.mark.parametrize("columns", [2048, 2050, 2057, 6000])
+def test_products_of_any_height_fit_a_workgroup(columns: int) -> None:
+    for rows in (1, 20, 33, 50, 52, 55, 56, 57, 63, 64, 65, 100, 127, 129):
+        lower(product(rows, 96, columns), DEFAULT)
+
+
+def test_groups_of_threads_refuse_what_is_not_one_product() -> None:
+    kernel = product(64, 64, 64)
+    (dot,) = (op for op in kernel.body.walk() if op.name == "dot")
+    twice = Op("dot", (dot.result, *dot.operands[1:]), (Value(dot.result.type),))
+    ops = tuple(o for op in kernel.body.ops for o in ((op, twice) if op is dot else (op,)))
+    with pytest.raises(CompilerBug, match="groups of threads share one product"):
+        lower(replace(kernel, body=replace(kernel.body, ops=ops), order={**kernel.order, "groups": 2}), DEFAULT)
 
 
 @THOROUGH

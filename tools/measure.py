@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 RECORDS = ROOT / "build" / "measured"
-GPT2 = Path("examples") / "gpt2-124m.json"  # measured at batch 4
+GPT2 = ROOT / "examples" / "gpt2-124m.json"  # measured at batch 4
 CUDA_RIVALS = ("torch.cuda", "torch.cuda.compile", "torch.cuda.graph")
 RIVALS = ("torch", "torch.compile", "torch+avx512", "torch.compile+avx512", "jax")
 MIB = 1 << 20
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of learning")
     parser.add_argument("--rounds", type=int, default=2, help="of gpu and curve: turns that each contestant gets")
     parser.add_argument("--profile", default="adapter", help="of gpu: what to compile for")
-    parser.add_argument("--against", help="of speed and gpu: the rivals, with commas (default: all on a processor beside C++, none beside WebAssembly)")
+    parser.add_argument("--against", help="of speed and gpu: the rivals, with commas (default: beside C++ all on a processor, beside WebAssembly none, on a GPU all on CUDA)")
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
     if options.what == "gpu":
@@ -287,7 +287,7 @@ def gpu_steps(options: argparse.Namespace) -> str:
     """A row for each preset: a whole training step on WebGPU, and PyTorch's on CUDA in the same minutes."""
     command = ["bench", "--target", "wgsl", "--set", f"profile={options.profile}", "--against", options.against or ",".join(CUDA_RIVALS), "--rounds", str(options.rounds), "--json"]
     contestants = options.presets or ("tiny", "small", "medium", "large", "xl", "huge", "massive", "mega", str(GPT2))
-    rows = list(records("gpu", [[*command, *(("--batch", "4") if name == str(GPT2) else ()), name] for name in contestants]))
+    rows = list(records("gpu", [[*command, *(("--batch", "4") if Path(name).resolve() == GPT2 else ()), name] for name in contestants]))
     shown = [name for name in CUDA_RIVALS if any(name in row["rivals"] for row in rows)]
     cells = [
         (Path(name).stem, f"{row['ms']:.3f}", f"{row['gflops'] / 1e3:.2f}", *(f"{row['rivals'][n]:.3f} ({row['ratios'][n]:.2f}×)" if n in row["rivals"] else "" for n in shown))

@@ -1,10 +1,10 @@
 // Runs TinyGPT bundles: WebAssembly in Node (22 or later) and in browsers, WebGPU by the module webgpu.mjs beside it.
 //
 //   const session = await open("path/or/url/of/the/bundle", { threads: 2, seed: 42 });
-//   const { loss, gradNorm } = await session.trainStep(tokens, targets);       // integers [batch * context] each
+//   const { loss, gradNorm } = await session.trainStep(tokens, targets); // integers [batch * context] each
 //   const text = await session.generate("ROMEO:", 100, { temperature: 0.8, topK: 40, seed: 1 });
 //
-// The same seed gives the same weights and batches as every other target; checkpoints are those of the Python runtime.
+// A seed gives the same weights and batches on every target; checkpoints are those of the Python runtime.
 // Sizes are plain numbers below 2^53; BigInt is for the WebAssembly API and 64-bit seeds.
 //
 // Threads share a memory, which browsers give to cross-origin isolated pages; elsewhere one thread runs.
@@ -147,7 +147,7 @@ function parseJson(text, what) {
 
 // ---- engine
 
-/** A compiled module on its memory, and the workers that share it. */
+/** A module on its memory, and the workers that share it. */
 class Engine {
   static places({ pools, functions, target }, { require, integer, object, list }) {
     require(target.address_bits in MAX_PAGES, "target.address_bits", target.address_bits);
@@ -205,7 +205,7 @@ class Engine {
     this.failed.catch(() => {});
   }
 
-  /** Instances of all threads. `serving`: every thread is a worker, and this one only posts. */
+  /** Instances of all threads. `serving`: each is a worker, and this thread only posts. */
   async #populate(serving) {
     this.serving = serving;
     if (!serving) this.exports = (await WebAssembly.instantiate(this.module, { env: { memory: this.memory } })).exports;
@@ -220,7 +220,7 @@ class Engine {
       const failed = (why) => this.reject(new Error(`a worker failed: ${why}`));
       const heard = (message) => {
         if (message.error) return failed(message.error);
-        if (!this.serving) worker.unref?.(); // Node need not stay for workers of whom it is one
+        if (!this.serving) worker.unref?.(); // Node need not stay for it
         resolve();
       };
       let worker;
@@ -248,7 +248,7 @@ class Engine {
     return new Uint8Array(this.memory.buffer, slot.address + at, length).slice();
   }
 
-  /** Run one function to its end; copies of the slots of `results`, in bytes. */
+  /** Run a function to its end; copies of the slots of `results`, in bytes. */
   async run(name, results) {
     if (!this.memory) throw new Error("the session is closed");
     const entry = this.manifest.target.entries.indexOf(name);
@@ -264,7 +264,7 @@ class Engine {
     return results.map((slot) => this.read(slot));
   }
 
-  /** Let the workers run an entry, and wait without blocking. */
+  /** Let workers run an entry, and wait without blocking. */
   async #post(entry) {
     const { words } = this;
     const finished = Atomics.load(words, FINISHED);
@@ -294,7 +294,7 @@ function allocate(pages, bits, shared) {
   }
 }
 
-/** The module with the shared flag of its imported memory cleared. Atomic instructions work on any memory. */
+/** The module with its imported memory not shared. Atomic instructions work on any memory. */
 function unshared(bytes) {
   const copy = Uint8Array.from(bytes);
   let at = 8;
@@ -317,7 +317,7 @@ function unshared(bytes) {
   return copy;
 }
 
-/** A worker's whole life: serve what is posted. */
+/** A worker's life: serve what is posted. */
 function serve({ module, memory, thread, threads }, tell) {
   const { exports } = new WebAssembly.Instance(module, { env: { memory } });
   tell({ ready: true });
@@ -538,7 +538,7 @@ export class Session {
     this.#setStep(settings.step);
   }
 
-  /** The settings of a checkpoint that is whole and fits the model. */
+  /** The settings of a checkpoint that fits the model. */
   async #require(blob, tensors, metadata) {
     const require = (fine, problem) => {
       if (!fine) throw new UserError(`the checkpoint ${problem}`, "use another checkpoint, or the model it was trained with");
@@ -681,7 +681,7 @@ export async function train(session, corpus, options) {
   if (save) await saved();
 }
 
-/** Tokens and targets [batch * context] of the windows that start at `offsets`. Targets are the tokens shifted by one. */
+/** Tokens and targets [batch * context] of the windows that start at `offsets`. Targets are shifted by one. */
 export function gather(data, offsets, context) {
   const tokens = new Int32Array(offsets.length * context), targets = new Int32Array(offsets.length * context);
   offsets.forEach((offset, row) => {
@@ -698,7 +698,7 @@ function requireVocabulary(bytes, vocabulary, what) {
 
 // ---- random numbers
 
-// Threefry-2x32, 20 rounds (Salmon et al., SC 2011): a draw is a function of (key, counter).
+// Threefry-2x32, 20 rounds (Salmon et al., SC 2011): draws follow from (key, counter).
 const ROTATIONS = [13, 15, 26, 6, 17, 29, 16, 24];
 const DROPOUT = 1, SAMPLING = 2; // what a seed serves for, each under a key of its own
 
@@ -736,7 +736,7 @@ function uniform(key, counter) {
   return (high * 2 ** 21 + (low >>> 11)) * 2 ** -53;
 }
 
-/** The token that a draw in [0, 1) picks: temperature, then topK, then topP; of equal scores the lower id goes first. */
+/** The token that a draw in [0, 1) picks: temperature, then topK, then topP; of equal scores the lower id first. */
 function sample(scores, { temperature, topK, topP }, draw) {
   const peak = scores.reduce((a, b) => (a > b || Number.isNaN(a) ? a : b));
   if (!Number.isFinite(peak)) throw new DivergedError("the logits are not finite numbers", "use an earlier checkpoint");
@@ -775,17 +775,24 @@ async function blobOf(source) {
   if (source instanceof Blob) return source;
   if (!node) throw new UserError("a checkpoint is a Blob, a File or bytes here", "read it from an <input type=file>");
   try {
-    const file = node("fs").openSync(source), { size } = node("fs").fstatSync(file);
-    return { size, slice: (begin, end) => ({ arrayBuffer: () => partOf(file, begin, Math.min(end, size)) }) };
+    const { size } = node("fs").statSync(source);
+    partOf(source, 0, 1);
+    return { size, slice: (begin, end) => ({ arrayBuffer: () => partOf(source, begin, Math.min(end, size)) }) };
   } catch {
     throw new UserError(`checkpoint ${source} cannot be read`, "give the file that a run saved");
   }
 }
 
-/** A part of an open file. Node's openAsBlob counts bytes in 32 bits. */
-function partOf(file, begin, end) {
-  const bytes = new Uint8Array(end - begin);
-  for (let at = 0, n = 1; n; at += n) n = node("fs").readSync(file, bytes, at, bytes.length - at, begin + at);
+/** A part of a file. Node's openAsBlob counts bytes in 32 bits. */
+function partOf(path, begin, end) {
+  const fs = node("fs"), file = fs.openSync(path), bytes = new Uint8Array(end - begin);
+  let at = 0;
+  try {
+    for (let n = 1; n; at += n) n = fs.readSync(file, bytes, at, bytes.length - at, begin + at);
+  } finally {
+    fs.closeSync(file);
+  }
+  if (at < bytes.length) throw new UserError(`${path} is now shorter`, "use another checkpoint");
   return bytes.buffer;
 }
 
@@ -818,14 +825,14 @@ async function tensorsOf(blob, what) {
   return { tensors, metadata: header?.__metadata__ ?? {} };
 }
 
-/** The SHA-256 of bytes, in hexadecimal. */
+/** The SHA-256 of bytes, in hex. */
 export function sha256(bytes) {
   const hash = newHash();
   hash.update(bytes);
   return hash.hex();
 }
 
-/** SHA-256 over pieces. Browsers hash whole buffers only, so there it is written out (FIPS 180-4). */
+/** SHA-256 over pieces (FIPS 180-4). Browsers hash whole buffers only. */
 function newHash() {
   if (!node) return new Sha256();
   const hash = node("crypto").createHash("sha256");
@@ -844,7 +851,7 @@ class Sha256 {
     this.#state = Int32Array.from(Sha256.#constants.initial);
   }
 
-  /** The first 32 bits of the fractional parts of the square roots (8) and cube roots (64) of the first primes. */
+  /** The first 32 fractional bits of the square roots (8) and cube roots (64) of the first primes. */
   static #fractions() {
     const primes = [];
     for (let n = 2; primes.length < 64; n++) if (primes.every((p) => n % p)) primes.push(n);
