@@ -132,7 +132,9 @@ class Chunking:
             if axis is None:
                 (self.mapping[r],) = values
                 continue
-            name, first = axes[axis].range, axes[axis].first  # type: ignore[union-attr]
+            own = axes[axis]
+            assert own is not None, "a result is kept along an axis that has a name"
+            name, first = own.range, own.first
             bounds = within(cuts[name].bounds, first, first + r.type.shape[axis])
             self.pieces[r] = Pieces(axis, tuple(b - first for b in bounds), tuple(values), cuts[name].family)
 
@@ -338,10 +340,11 @@ class Chunking:
                     continue
                 for r, after in zip(user.results, results, strict=True):
                     found |= {e - own.first for e in edges_of(r, after, own.range)}
-                    place = next((i for i, a in enumerate(after) if a and a.range == own.range), None)
-                    if place is not None and self.large(r) and OPS[user.name].kind in ("pointwise", "view"):
-                        first = after[place].first  # type: ignore[union-attr]
-                        found |= {e + first - own.first for e in self.edges(r, place)}
+                    if self.large(r) and OPS[user.name].kind in ("pointwise", "view"):
+                        same = next(((i, a) for i, a in enumerate(after) if a and a.range == own.range), None)
+                        if same is not None:
+                            place, there = same
+                            found |= {e + there.first - own.first for e in self.edges(r, place)}
         self.known_edges[value, axis] = {e for e in found if 0 < e < value.type.shape[axis]}
         return self.known_edges[value, axis]
 

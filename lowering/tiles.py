@@ -388,8 +388,8 @@ class GroupTiler:
             kind = OPS[op.name].kind
             if kind == "view" or (kind == "pointwise" and (not op.operands or self.is_widening(op))):
                 continue
-            if kind == "rows":
-                tiles = OPS[op.name].rows(self.k, op, lead, i, [self.reader(v) for v in op.operands])  # type: ignore[attr-defined]
+            if isinstance(definition := OPS[op.name], RowOp):
+                tiles = definition.rows(self.k, op, lead, i, [self.reader(v) for v in op.operands])
             else:
                 index = self.row_index(op.result.type, lead, c, space)
                 tiles = [self.computed(op.result, index, i if i in index else None, c if c in index else None)]
