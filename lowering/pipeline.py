@@ -12,11 +12,11 @@ from tinygpt.ir.core import Module
 from tinygpt.ir.errors import CompilerBug, UserError
 from tinygpt.ir.text import parse_module, print_module
 from tinygpt.ir.verify import verify
-from tinygpt.lowering import chunk, differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles
+from tinygpt.lowering import abreast, chunk, differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles
 from tinygpt.lowering.passes import PASSES, Pass, parse_pipeline
 
-ROOMS = (chunk, differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles)  # importing them registers their passes
-DEFAULT = "simplify,merge-products,simplify,differentiate,optimize,simplify,chunk,rematerialize,split,fuse,narrow,tile,loops"
+ROOMS = (abreast, chunk, differentiate, fuse, loops, narrow, optimizer, rematerialize, simplify, split, tiles)  # importing them registers their passes
+DEFAULT = "simplify,merge-products,simplify,differentiate,optimize,simplify,chunk,rematerialize,split,fuse,narrow,tile,loops,abreast"
 CAPTURED = "captured"
 
 

@@ -169,7 +169,7 @@ def gpu_columns(extents: Mapping[str, int], caps: Caps) -> Schedule:
     up by one thread each four columns."""
     if extents["rows"] <= FEW_ROWS:
         return Schedule({"tile": (extents["rows"], 256), "threads": (1, 64)}, {})
-    return Schedule({"tile": (min(extents["rows"], 512), 16), "threads": (64, 4)}, {})
+    return Schedule({"tile": (min(extents["rows"], 512), 16), "threads": (32, 4)}, {})
 
 
 def gpu_counting(extents: Mapping[str, int], caps: Caps) -> Schedule:

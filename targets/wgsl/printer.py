@@ -15,6 +15,7 @@ from math import ceil
 
 import numpy as np
 
+from tinygpt.ir.bounds import read_by_number
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Kernel, Op, Region, Value
 from tinygpt.ir.errors import CompilerBug
@@ -86,22 +87,7 @@ class KernelPrinter:
         self.uses = Counter(v for op in kernel.body.walk() for v in [*op.operands, *(y for r in op.regions for y in r.yields)])
         self.is_local = local_reads(kernel.body)
         self.folds = any(op.name == "subgroup_fold" for op in kernel.body.walk())
-        self.vectors = {v for v in kernel.params} - self.read_by_number(kernel.body)
-
-    def read_by_number(self, body: Region) -> set[Value]:
-        """Buffers with an access that is not a vector at a multiple of four."""
-        source: dict[Value, Value] = {v: v for v in self.kernel.params}
-        found: set[Value] = set()
-        for op in body.walk():
-            if op.name == "advance" and op.operands[0] in source:
-                source[op.result] = source[op.operands[0]]
-                if not (op.attrs["by"].divisible_by(4) and op.attrs["scale"] % 4 == 0):
-                    found.add(source[op.result])
-            if op.name in ("load", "store") and op.operands[0] in source:
-                type = op.result.type if op.results else op.operands[1].type
-                if not isinstance(type, VectorType) or not op.attrs["at"].divisible_by(4):
-                    found.add(source[op.operands[0]])
-        return found
+        self.vectors = set(kernel.params) - read_by_number(kernel)
 
     # -- the module
     def text(self) -> str:

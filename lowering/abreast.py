@@ -1,0 +1,246 @@
+"""abreast: launches of a GPU that do not wait for each other become one, their workgroups side by side.
+
+Known as horizontal fusion (Li et al. 2022, "Automatic Horizontal Fusion for GPU Kernels"). A dispatch waits for the one
+before it, and few kernels of a small model fill a GPU: the gradient of a weight can be made beside that of its input,
+sums over columns beside either. The launches on the longest chain of a function keep their order; every other one joins
+one of them at which it may run and whose workgroups have as many threads. A workgroup finds by its number whose work it
+does, so that barriers stay uniform. No sum changes its order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tinygpt.ir.bounds import footprints, read_by_number
+from tinygpt.ir.caps import Caps
+from tinygpt.ir.core import Function, Kernel, Module, Op, Region, Rewriter, Value
+from tinygpt.ir.index import Index
+from tinygpt.ir.plan import grid_points
+from tinygpt.ir.types import PointerType
+from tinygpt.lowering.passes import Pass, register
+
+WIDEST = 4  # launches that run side by side
+LATEST = 12  # steps of the chain that a launch may be put off: what it reads stays alive until then
+POINT = "g"  # the grid id of launches side by side
+
+Run = tuple[int, int]  # elements [first, end)
+
+
+@register
+@dataclass(frozen=True)
+class Abreast(Pass):
+    """On a GPU, run launches that are independent of each other side by side, as one."""
+
+    widest: int = WIDEST
+    name = "abreast"
+    level = "loop"
+
+    def run(self, module: Module, caps: Caps) -> Module:
+        if caps.strategy != "gpu" or self.widest < 2:
+            return module
+        library = Library(module, caps)
+        functions = {name: library.arranged(f, self.widest) for name, f in module.functions.items()}
+        launched = {op.attrs["kernel"] for f in functions.values() for op in f.body.ops if op.name == "launch"}
+        return replace(module, functions=functions, kernels={name: k for name, k in library.kernels.items() if name in launched})
+
+
+@dataclass(eq=False)
+class Work:
+    """One launch: what it touches of each buffer, how long the chains are that end and begin with it, and its step."""
+
+    op: Op
+    kernel: Kernel
+    touched: list[tuple[Value, str, list[Run]]]
+    by_number: set[Value]  # buffers that it does not read and write in vectors alone
+    after: set[Work] = field(default_factory=set)  # what it waits for
+    before: set[Work] = field(default_factory=set)  # what waits for it
+    depth: int = 1
+    height: int = 1
+    step: int = 0
+
+    @property
+    def threads(self) -> int:
+        return grid_points(self.kernel) * int(self.kernel.cost["threads"])
+
+
+class Library:
+    """The kernels of a module, and those that are made of several."""
+
+    def __init__(self, module: Module, caps: Caps) -> None:
+        self.caps = caps
+        self.kernels = dict(module.kernels)
+        self.footprints: dict[str, list[list[Run]]] = {}
+        self.by_number: dict[str, set[Value]] = {}
+        self.made: dict[object, str] = {}
+
+    # -- which launches run side by side
+    def arranged(self, function: Function, widest: int) -> Function:
+        """The function with its launches in steps, those of a step that may be one as one."""
+        works = [self.work(op) for op in function.body.ops if op.name == "launch"]
+        connect(works)
+        last = max((w.depth for w in works), default=0)
+        chain = [w for w in works if w.depth + w.height == last + 1]
+        steps: dict[int, list[list[Work]]] = {n: [] for n in range(1, last + 1)}
+        for w in chain:
+            w.step = w.depth
+            self.join(w, [w.step], steps, widest)
+        for w in works:
+            if w.step == 0:
+                first = 1 + max((v.step for v in w.after), default=0)
+                w.step = first
+                self.join(w, range(first, min(last - w.height + 1, first + LATEST) + 1), steps, widest)
+        launches = [op for n in steps for group in steps[n] for op in self.launch(group)]
+        others = [op for op in function.body.ops if op.name != "launch"]
+        made = [op for op in others if op.name == "buffer"]
+        return function.with_ops([*made, *launches, *(op for op in others if op.name != "buffer")])
+
+    def work(self, op: Op) -> Work:
+        kernel = self.kernels[op.attrs["kernel"]]
+        if kernel.name not in self.footprints:
+            self.footprints[kernel.name], self.by_number[kernel.name] = footprints(kernel), read_by_number(kernel)
+        runs = [[(a + start, b + start) for a, b in found] for found, start in zip(self.footprints[kernel.name], op.attrs["offsets"], strict=True)]
+        numbers = {v for v, p in zip(op.operands, kernel.params, strict=True) if p in self.by_number[kernel.name]}
+        return Work(op, kernel, list(zip(op.operands, kernel.access, runs, strict=True)), numbers)
+
+    def join(self, w: Work, allowed: Iterable[int], steps: Mapping[int, list[list[Work]]], widest: int) -> None:
+        """Put a launch beside others of a step: of those it may join, the ones that leave most of a device idle."""
+        found = [(sum(v.threads for v in group), n, group) for n in allowed for group in steps[n] if len(group) < widest and self.together([*group, w])]
+        if found:
+            _, w.step, group = min(found, key=lambda x: x[:2])
+            group.append(w)
+        else:
+            steps[w.step].append([w])
+
+    def together(self, group: Sequence[Work]) -> bool:
+        """Whether launches may be one: workgroups of one size, within a device's limits, no buffer both read and written, none
+        of vectors for the one and of numbers for the other."""
+        sides = Sides(group)
+        kernels = [w.kernel for w in group]
+        if len({k.cost["threads"] for k in kernels}) > 1 or any(conflict(a, b) for n, a in enumerate(group) for b in group[n + 1 :]):
+            return False
+        if any(v in w.by_number and v not in u.by_number for w in group for u in group for v in u.op.operands):
+            return False
+        if sum(map(grid_points, kernels)) > (self.caps.grid_limit or 1 << 31) or sides.is_mixed:
+            return False
+        if self.caps.bindings and len(sides.buffers) > self.caps.bindings:
+            return False
+        if self.caps.binding_bytes and any(4 * (end - start) > self.caps.binding_bytes for start, end in sides.spans.values()):
+            return False
+        return not self.caps.workgroup_bytes or shared_bytes(kernels) <= self.caps.workgroup_bytes
+
+    # -- one launch of several
+    def launch(self, group: Sequence[Work]) -> Iterable[Op]:
+        if len(group) == 1:
+            return [group[0].op]
+        sides = Sides(group)
+        offsets = [sides.spans[v][0] for v in sides.buffers]
+        shifts = tuple(tuple(offset - sides.spans[v][0] for v, offset in zip(w.op.operands, w.op.attrs["offsets"], strict=True)) for w in group)
+        places = tuple(tuple(sides.buffers.index(v) for v in w.op.operands) for w in group)
+        extents = tuple(end - start for start, end in sides.spans.values())
+        key = (tuple(w.kernel.name for w in group), places, shifts, extents)
+        if key not in self.made:
+            name = f"a{len(self.made)}_{'_'.join(w.kernel.name.split('_', 1)[1] for w in group)}"
+            self.kernels[name] = side_by_side(name, [w.kernel for w in group], sides, places, shifts, extents)
+            self.made[key] = name
+        return [replace(group[0].op, operands=tuple(sides.buffers), attrs={**group[0].op.attrs, "kernel": self.made[key], "offsets": tuple(offsets)})]
+
+
+class Sides:
+    """The buffers of launches side by side, each once: from where to where they are bound, and how they are accessed."""
+
+    def __init__(self, group: Sequence[Work]) -> None:
+        self.spans: dict[Value, Run] = {}
+        words: dict[Value, set[str]] = {}
+        for w in group:
+            sizes = w.kernel.cost["extents"]
+            for v, access, offset, size in zip(w.op.operands, w.kernel.access, w.op.attrs["offsets"], sizes, strict=True):
+                start, end = self.spans.get(v, (offset, offset))
+                self.spans[v] = (min(start, offset), max(end, offset + size))
+                words.setdefault(v, set()).add(access)
+        self.buffers = list(self.spans)
+        self.is_mixed = any("in" in found and len(found) > 1 for found in words.values())
+        self.access = tuple("inout" if "inout" in words[v] else next(iter(words[v])) for v in self.buffers)
+
+
+def connect(works: Sequence[Work]) -> None:
+    """Find out which launches wait for which, and how long the chains are."""
+    touching: dict[Value, list[Work]] = {}
+    for w in works:
+        for v, _, _ in w.touched:
+            for earlier in touching.setdefault(v, []):
+                if earlier is not w and conflict(earlier, w):
+                    w.after.add(earlier)
+                    earlier.before.add(w)
+            touching[v].append(w)
+    for w in works:
+        w.depth = 1 + max((v.depth for v in w.after), default=0)
+    for w in reversed(works):
+        w.height = 1 + max((v.height for v in w.before), default=0)
+
+
+def conflict(a: Work, b: Work) -> bool:
+    """Whether one of two launches writes what the other touches."""
+    return any(
+        v is u and (how != "in" or too != "in") and any(s < q and p < e for s, e in runs for p, q in others)
+        for v, how, runs in a.touched
+        for u, too, others in b.touched
+    )
+
+
+def shared_bytes(kernels: Sequence[Kernel]) -> int:
+    """Workgroup memory that kernels side by side need: pieces of the same lanes lie over each other."""
+    most: dict[int, int] = {}
+    for kernel in kernels:
+        for op in kernel.body.walk():
+            if op.name == "shared":
+                most[op.attrs["lanes"]] = max(most.get(op.attrs["lanes"], 0), op.attrs["offset"] + op.attrs["size"])
+    return 4 * sum(most.values())
+
+
+def side_by_side(
+    name: str, kernels: Sequence[Kernel], sides: Sides, places: Sequence[Sequence[int]], shifts: Sequence[Sequence[int]], extents: Sequence[int]
+) -> Kernel:
+    """One kernel of several: the first workgroups do the work of the first, the next that of the second, and so on.
+
+    `places` says for each kernel which buffer each of its parameters is, `shifts` how many elements into it."""
+    hints = {i: p.hint for k, at in zip(kernels, places, strict=True) for i, p in zip(at, k.params, strict=True)}
+    types = {i: p.type for k, at in zip(kernels, places, strict=True) for i, p in zip(at, k.params, strict=True)}
+    params = [Value(types[i], hints[i]) for i in range(len(sides.buffers))]
+    first, bodies = 0, []
+    for number, (kernel, at, by) in enumerate(zip(kernels, places, shifts, strict=True)):
+        bodies.append((first, section(number, kernel, first, [params[i] for i in at], by)))
+        first += grid_points(kernel)
+    ops: tuple[Op, ...] = bodies[-1][1]
+    for (_, own), (start, _) in zip(reversed(bodies[:-1]), reversed(bodies[1:]), strict=True):
+        below = {"left": Index.variable(POINT), "compare": "lt", "right": Index.of(start)}
+        ops = (Op("if", (), (), below, (Region((), own), Region((), ops))),)
+    threads = kernels[0].cost["threads"]
+    return Kernel(
+        name, Region(tuple(params), ops), sides.access, {POINT: first}, cost={"threads": threads, "extents": tuple(extents)}, level="loop",
+        of=" | ".join(k.of for k in kernels),
+    )  # fmt: skip
+
+
+def section(number: int, kernel: Kernel, first: int, params: Sequence[Value], shifts: Sequence[int]) -> tuple[Op, ...]:
+    """A copy of a kernel's program as part of another: its grid ids follow from the workgroup's number, less `first`."""
+    names = {op.attrs["var"]: f"{op.attrs['var']}_{number}" for op in kernel.body.walk() if "var" in op.attrs}
+    indices: dict[str, Index] = {old: Index.variable(new) for old, new in names.items()}
+    point, inner = Index.variable(POINT) - first, 1
+    for name, extent in reversed(list(kernel.grid.items())):
+        indices[name] = point // inner % extent if inner * extent < grid_points(kernel) else point // inner
+        inner *= extent
+
+    def renamed(op: Op) -> Op:
+        attrs = {k: v.substitute(indices) if isinstance(v, Index) else names[v] if k == "var" else v for k, v in op.attrs.items()}
+        return replace(op, attrs=attrs, regions=tuple(replace(r, ops=tuple(map(renamed, r.ops))) for r in op.regions))
+
+    copy = Rewriter()
+    for old, new, shift in zip(kernel.params, params, shifts, strict=True):
+        copy.mapping[old] = new
+        if shift:
+            moved = Value(PointerType(new.type.dtype, "buffer"), new.hint)
+            copy.ops.append(Op("advance", (new,), (moved,), {"by": Index.of(shift), "scale": 1}))
+            copy.mapping[old] = moved
+    for op in kernel.body.ops:
+        copy.clone(renamed(op))
+    return tuple(copy.ops)
