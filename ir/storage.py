@@ -24,6 +24,10 @@ class Strided:
         wanted = contiguous_strides(self.shape)
         return all(n == 1 or a == b for n, a, b in zip(self.shape, self.strides, wanted, strict=True))
 
+    def runs_along(self, axis: int) -> bool:
+        """Whether neighbours along the axis are neighbours in memory."""
+        return self.strides[axis] == 1
+
 
 def reshape_strides(storage: Strided, shape: tuple[int, ...]) -> Strided | None:
     """The same elements, in order, under another shape, if strides can say so."""

@@ -99,8 +99,9 @@ CPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
 @dataclass(frozen=True)
 class GpuProduct:
     """A schedule of products: a tile of the output, threads, groups of threads that share the contraction, a slice of it; the
-    fewest tiles that fill a device, from which contraction on it pays, and whether all threads must hold rows and columns in
-    fours, so that what it keeps in workgroup memory is no more than 16 KiB."""
+    fewest tiles that fill a device, from which contraction on it pays, whether all threads must hold rows and columns in
+    fours, so that what it keeps in workgroup memory is no more than 16 KiB, and whether it is for dots of rows, where both
+    operands lie along the contraction, or for all others (None: for both)."""
 
     tile: tuple[int, int]
     threads: tuple[int, int]
@@ -109,6 +110,7 @@ class GpuProduct:
     fewest: int = 0
     shortest: int = 0
     in_fours: bool = False
+    dots: bool | None = None
 
     def suits(self, extents: Mapping[str, int]) -> bool:
         """Whether there are enough tiles, and their edges waste little."""
@@ -116,13 +118,14 @@ class GpuProduct:
         tiles = ceil_div(rows, height) * ceil_div(columns, width)
         enough = tiles * extents["batch"] >= self.fewest and extents["inner"] >= self.shortest
         ragged = self.in_fours and (columns % 4 or rows <= height - self.threads[0])
-        return enough and tiles * height * width <= 1.25 * rows * columns and not ragged
+        return self.dots in (None, extents["dots"]) and enough and tiles * height * width <= 1.25 * rows * columns and not ragged
 
 
 # Large tiles read each operand less often, small ones and groups leave no multiprocessor idle. Measured on an H100 in the
 # three forms of a step, from 256 x 256 in eight parts to 4096 x 3072.
 GPU_PRODUCTS = (
-    GpuProduct((128, 64), (16, 8), 1, 16, fewest=128, shortest=512),
+    GpuProduct((128, 64), (16, 8), 1, 16, fewest=128, shortest=512, dots=False),
+    GpuProduct((64, 64), (8, 8), 2, 32, fewest=512, in_fours=True, dots=True),
     GpuProduct((64, 64), (8, 8), 1, 16, fewest=512),
     GpuProduct((64, 64), (8, 8), 2, 32, fewest=256, in_fours=True),
     GpuProduct((64, 32), (8, 8), 2, 32, fewest=100),

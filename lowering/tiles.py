@@ -241,6 +241,7 @@ class GroupTiler:
     ) -> None:  # fmt: skip
         self.group, self.region, self.caps = group, group.regions[0], caps
         self.made = {r: op for op in self.region.ops for r in op.results}
+        self.stored = dict(zip(self.region.args, operands, strict=True))
         self.schedule = self.choose_schedule()
         self.k = TileBuilder(name, self.schedule.order, self.schedule.cost, of)
         self.readers: dict[Value, Reader] = {}
@@ -274,7 +275,7 @@ class GroupTiler:
             assert root is not None
             inner = root.operands[0].type.shape[-1] // root.attrs.get("parts", 1)
             shape = root.results[0].type.shape
-            extents = {"rows": shape[-2], "columns": shape[-1], "inner": inner, "batch": prod(shape[:-2])}
+            extents = {"rows": shape[-2], "columns": shape[-1], "inner": inner, "batch": prod(shape[:-2]), "dots": self.dots_of_rows(root)}
         elif pattern == "attention":
             assert root is not None
             shape = root.operands[0].type.shape
@@ -285,6 +286,16 @@ class GroupTiler:
         else:
             extents = {"rows": prod(space[:-1]) // self.parts, "columns": space[-1] if space else 1}
         return choose(pattern, extents, self.caps)
+
+    def dots_of_rows(self, product: Op) -> bool:
+        """Whether both operands of a product lie in memory along the contraction, as far as they are stored."""
+        return all(self.runs_along(v, axis) for v, axis in zip(product.operands, (-1, -2), strict=False))
+
+    def runs_along(self, value: Value, axis: int) -> bool:
+        """Whether neighbours along an axis of a value, or of what it is computed from, are neighbours in memory."""
+        if value in self.stored:
+            return len(self.stored[value].shape) > 1 and self.stored[value].runs_along(axis)
+        return value in self.made and any(self.runs_along(v, axis) for v in self.made[value].operands)
 
     def row_space(self) -> tuple[int, ...]:
         """The largest shape the group's row programs and pointwise ops run over: rows first, elements of a row last."""
