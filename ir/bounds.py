@@ -71,7 +71,7 @@ def read_by_number(kernel: Kernel) -> set[Value]:
     for op in kernel.body.walk():
         if op.name == "advance" and op.operands[0] in source:
             source[op.result] = source[op.operands[0]]
-            if not (op.attrs["by"].divisible_by(4) and op.attrs["scale"] % 4 == 0):
+            if not op.attrs["by"].divisible_by(4) or (len(op.operands) > 1 and op.attrs["scale"] % 4):
                 found.add(source[op.result])
         if op.name in ("load", "store") and op.operands[0] in source:
             type = op.result.type if op.results else op.operands[1].type

@@ -16,7 +16,7 @@ from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Kernel, Module, Op, Region, Rewriter, Value
 from tinygpt.ir.index import Index
 from tinygpt.ir.plan import grid_points
-from tinygpt.ir.types import PointerType
+from tinygpt.ir.types import DTYPE_BYTES, PointerType
 from tinygpt.lowering.passes import Pass, register
 
 WIDEST = 4  # launches that run side by side
@@ -124,13 +124,14 @@ class Library:
             return False
         if self.caps.bindings and len(sides.buffers) > self.caps.bindings:
             return False
-        if self.caps.binding_bytes and any(4 * (end - start) > self.caps.binding_bytes for start, end in sides.spans.values()):
+        if self.caps.binding_bytes and any(DTYPE_BYTES[v.type.dtype] * (end - start) > self.caps.binding_bytes for v, (start, end) in sides.spans.items()):
             return False
         return not self.caps.workgroup_bytes or shared_bytes(kernels) <= self.caps.workgroup_bytes
 
     # -- one launch of several
     def launch(self, group: Sequence[Work]) -> Iterable[Op]:
-        if len(group) == 1:
+        operands = group[0].op.operands
+        if len(group) == 1 and (len(set(operands)) == len(operands) or not self.together(group)):
             return [group[0].op]
         sides = Sides(group)
         offsets = [sides.spans[v][0] for v in sides.buffers]
