@@ -8,7 +8,7 @@ does, so that barriers stay uniform. No sum changes its order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tinygpt.ir.bounds import footprints, read_by_number
@@ -24,6 +24,7 @@ LATEST = 12  # steps of the chain that a launch may be put off: what it reads st
 POINT = "g"  # the grid id of launches side by side
 
 Run = tuple[int, int]  # elements [first, end)
+Slot = tuple[Value, int | None]  # a binding: a buffer, from where on if others bind it elsewhere
 
 
 @register
@@ -69,6 +70,7 @@ class Library:
     def __init__(self, module: Module, caps: Caps) -> None:
         self.caps = caps
         self.kernels = dict(module.kernels)
+        self.weights = {p.value for p in module.parameters.values()}
         self.footprints: dict[str, list[list[Run]]] = {}
         self.by_number: dict[str, set[Value]] = {}
         self.made: dict[object, str] = {}
@@ -89,7 +91,7 @@ class Library:
                 first = 1 + max((v.step for v in w.after), default=0)
                 w.step = first
                 self.join(w, range(first, min(last - w.height + 1, first + LATEST) + 1), steps, widest)
-        launches = [op for n in steps for group in steps[n] for op in self.launch(group)]
+        launches = [self.launch(group) for n in steps for group in steps[n]]
         others = [op for op in function.body.ops if op.name != "launch"]
         made = [op for op in others if op.name == "buffer"]
         return function.with_ops([*made, *launches, *(op for op in others if op.name != "buffer")])
@@ -112,55 +114,70 @@ class Library:
             steps[w.step].append([w])
 
     def together(self, group: Sequence[Work]) -> bool:
-        """Whether launches may be one: workgroups of one size, within a device's limits, no buffer both read and written, none
-        of vectors for the one and of numbers for the other."""
-        sides = Sides(group)
+        """Whether launches may be one: independent, with workgroups of one size, and within a device's limits."""
+        sides = Sides(group, self.weights)
         kernels = [w.kernel for w in group]
         if len({k.cost["threads"] for k in kernels}) > 1 or any(conflict(a, b) for n, a in enumerate(group) for b in group[n + 1 :]):
             return False
-        if any(v in w.by_number and v not in u.by_number for w in group for u in group for v in u.op.operands):
-            return False
         if sum(map(grid_points, kernels)) > (self.caps.grid_limit or 1 << 31) or sides.is_mixed:
             return False
-        if self.caps.bindings and len(sides.buffers) > self.caps.bindings:
+        if self.caps.bindings and len(sides.spans) > self.caps.bindings:
             return False
-        if self.caps.binding_bytes and any(DTYPE_BYTES[v.type.dtype] * (end - start) > self.caps.binding_bytes for v, (start, end) in sides.spans.items()):
+        most = max(DTYPE_BYTES[v.type.dtype] * (end - start) for (v, _), (start, end) in sides.spans.items())
+        if self.caps.binding_bytes and most > self.caps.binding_bytes:
             return False
         return not self.caps.workgroup_bytes or shared_bytes(kernels) <= self.caps.workgroup_bytes
 
     # -- one launch of several
-    def launch(self, group: Sequence[Work]) -> Iterable[Op]:
-        operands = group[0].op.operands
-        if len(group) == 1 and (len(set(operands)) == len(operands) or not self.together(group)):
-            return [group[0].op]
-        sides = Sides(group)
-        offsets = [sides.spans[v][0] for v in sides.buffers]
-        shifts = tuple(tuple(offset - sides.spans[v][0] for v, offset in zip(w.op.operands, w.op.attrs["offsets"], strict=True)) for w in group)
-        places = tuple(tuple(sides.buffers.index(v) for v in w.op.operands) for w in group)
+    def launch(self, group: Sequence[Work]) -> Op:
+        """The launch of a group. One alone changes where it binds a buffer more than once."""
+        sides, op = Sides(group, self.weights), group[0].op
+        if len(group) == 1 and not (sides.is_shared and self.together(group)):
+            return op
+        numbers = {slot: n for n, slot in enumerate(sides.spans)}
+        places = tuple(tuple(numbers[slot] for slot in slots) for slots in sides.slots)
+        shifts = tuple(
+            tuple(offset - sides.spans[slot][0] for slot, offset in zip(slots, w.op.attrs["offsets"], strict=True)) for w, slots in zip(group, sides.slots, strict=True)
+        )
         extents = tuple(end - start for start, end in sides.spans.values())
         key = (tuple(w.kernel.name for w in group), places, shifts, extents)
         if key not in self.made:
             name = f"a{len(self.made)}_{'_'.join(w.kernel.name.split('_', 1)[1] for w in group)}"
-            self.kernels[name] = side_by_side(name, [w.kernel for w in group], sides, places, shifts, extents)
+            self.kernels[name] = side_by_side(name, [w.kernel for w in group], sides.access, places, shifts, extents)
             self.made[key] = name
-        return [replace(group[0].op, operands=tuple(sides.buffers), attrs={**group[0].op.attrs, "kernel": self.made[key], "offsets": tuple(offsets)})]
+        attrs = {**op.attrs, "kernel": self.made[key], "offsets": tuple(start for start, _ in sides.spans.values())}
+        return replace(op, operands=tuple(v for v, _ in sides.spans), attrs=attrs)
 
 
 class Sides:
-    """The buffers of launches side by side, each once: from where to where they are bound, and how they are accessed."""
+    """The bindings of launches side by side: what of which buffer, and how it is accessed.
 
-    def __init__(self, group: Sequence[Work]) -> None:
-        self.spans: dict[Value, Run] = {}
-        words: dict[Value, set[str]] = {}
+    A buffer is bound once, as a device does not bind what it writes twice. Weights that are only read are bound where each
+    launch reads them: how far they lie apart is not the same for all layers, and layers share kernels."""
+
+    def __init__(self, group: Sequence[Work], weights: Container[Value]) -> None:
+        self.spans: dict[Slot, Run] = {}
+        self.slots: list[list[Slot]] = []  # of the operands of each launch
+        words: dict[Slot, set[str]] = {}
+        forms: dict[Slot, set[bool]] = {}
         for w in group:
-            sizes = w.kernel.cost["extents"]
-            for v, access, offset, size in zip(w.op.operands, w.kernel.access, w.op.attrs["offsets"], sizes, strict=True):
-                start, end = self.spans.get(v, (offset, offset))
-                self.spans[v] = (min(start, offset), max(end, offset + size))
-                words.setdefault(v, set()).add(access)
-        self.buffers = list(self.spans)
-        self.is_mixed = any("in" in found and len(found) > 1 for found in words.values())
-        self.access = tuple("inout" if "inout" in words[v] else next(iter(words[v])) for v in self.buffers)
+            self.slots.append([])
+            for v, access, offset, size in zip(w.op.operands, w.kernel.access, w.op.attrs["offsets"], w.kernel.cost["extents"], strict=True):
+                slot = (v, offset) if access == "in" and v in weights else (v, None)
+                start, end = self.spans.get(slot, (offset, offset))
+                self.spans[slot] = (min(start, offset), max(end, offset + size))
+                words.setdefault(slot, set()).add(access)
+                forms.setdefault(slot, set()).add(v in w.by_number)
+                self.slots[-1].append(slot)
+        self.access = tuple("inout" if "inout" in found else next(iter(found)) for found in words.values())
+        read = {v for (v, _), found in words.items() if "in" in found}
+        # What a device forbids: a buffer that is read and written; and what it makes slow: vectors bound as numbers.
+        self.is_mixed = any(v in read and found != {"in"} for (v, _), found in words.items()) or any(len(found) > 1 for found in forms.values())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a binding serves several operands."""
+        return len(self.spans) < sum(map(len, self.slots))
 
 
 def connect(works: Sequence[Work]) -> None:
@@ -199,14 +216,14 @@ def shared_bytes(kernels: Sequence[Kernel]) -> int:
 
 
 def side_by_side(
-    name: str, kernels: Sequence[Kernel], sides: Sides, places: Sequence[Sequence[int]], shifts: Sequence[Sequence[int]], extents: Sequence[int]
+    name: str, kernels: Sequence[Kernel], access: Sequence[str], places: Sequence[Sequence[int]], shifts: Sequence[Sequence[int]], extents: Sequence[int]
 ) -> Kernel:
     """One kernel of several: the first workgroups do the work of the first, the next that of the second, and so on.
 
     `places` says for each kernel which buffer each of its parameters is, `shifts` how many elements into it."""
     hints = {i: p.hint for k, at in zip(kernels, places, strict=True) for i, p in zip(at, k.params, strict=True)}
     types = {i: p.type for k, at in zip(kernels, places, strict=True) for i, p in zip(at, k.params, strict=True)}
-    params = [Value(types[i], hints[i]) for i in range(len(sides.buffers))]
+    params = [Value(types[i], hints[i]) for i in range(len(access))]
     first, bodies = 0, []
     for number, (kernel, at, by) in enumerate(zip(kernels, places, shifts, strict=True)):
         bodies.append((first, section(number, kernel, first, [params[i] for i in at], by)))
@@ -217,7 +234,7 @@ def side_by_side(
         ops = (Op("if", (), (), below, (Region((), own), Region((), ops))),)
     threads = kernels[0].cost["threads"]
     return Kernel(
-        name, Region(tuple(params), ops), sides.access, {POINT: first}, cost={"threads": threads, "extents": tuple(extents)}, level="loop",
+        name, Region(tuple(params), ops), tuple(access), {POINT: first}, cost={"threads": threads, "extents": tuple(extents)}, level="loop",
         of=" | ".join(k.of for k in kernels),
     )  # fmt: skip
 

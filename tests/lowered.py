@@ -22,6 +22,7 @@ from tinygpt.ir.verify import verify, verify_kernel
 from tinygpt.lowering import pipeline
 from tinygpt.lowering.fuse import Fuse
 from tinygpt.lowering.cpu import lower
+from tinygpt.lowering.memory import kernel_types
 from tinygpt.lowering.passes import Pass
 from tinygpt.lowering.tiles import Tile
 
@@ -67,7 +68,7 @@ def tiled(module: Module, caps: Caps) -> Module:
 def run_tiled(
     module: Module, name: str, inputs: Mapping[str, np.ndarray], launch: Callable[[Kernel, list[np.ndarray]], None], parameters: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """Run a tiled function, each kernel by `launch`: results by name, new contents of parameters under "@NAME"."""
+    """Run a function of tile or loop kernels, each kernel by `launch`: results by name, new contents of parameters under "@NAME"."""
     function, given = module.functions[name], dict(parameters or {})
 
     def copied(x: np.ndarray, v: Value) -> np.ndarray:
@@ -77,8 +78,8 @@ def run_tiled(
         if op.name == "buffer":
             return (unwritten(op.result.type.size, NUMPY_DTYPES[op.result.type.dtype]).reshape(op.result.type.shape),)
         kernel = module.kernels[op.attrs["kernel"]]
-        parts = zip(operands, op.attrs["offsets"], kernel.params, strict=True)
-        launch(kernel, [x.reshape(-1)[at : at + p.type.size] for x, at, p in parts])
+        parts = zip(operands, op.attrs["offsets"], kernel_types(kernel), strict=True)
+        launch(kernel, [x.reshape(-1)[at : at + t.size] for x, at, t in parts])
         return ()
 
     values = {p: copied(inputs[p.hint], p) for p in function.params} | {module.parameters[n].value: copied(x, module.parameters[n].value) for n, x in given.items()}
