@@ -334,7 +334,7 @@ if (workers?.workerData?.[WORKER]) {
 
 // ---- session
 
-/** Weights, optimizer and step count of one model. `step` counts the optimizer steps done. */
+/** Weights, optimizer and step count of one model. `step` counts the optimizer steps, each once it is begun. */
 export class Session {
   seed = 42;
   step = 0;
@@ -367,7 +367,7 @@ export class Session {
 
   /**
    * One step of AdamW on a batch: the loss before the update, in nats per token, and the gradient's norm before clipping.
-   * Throws DivergedError if either is not finite. The step counts as done once it is begun.
+   * Throws DivergedError if either is not finite.
    */
   async trainStep(tokens, targets, lr = this.training.lr) {
     if (!(lr >= 0 && lr <= 1e30)) throw new UserError(`lr is ${lr}, not a finite number from 0`, "3e-4 is usual");
