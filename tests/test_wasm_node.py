@@ -110,6 +110,46 @@ def test_threads_and_a_free_main_thread_change_no_bit(tmp_path: Path) -> None:
     assert node(script) == "1 6\n"
 
 
+def test_runs_that_share_their_inputs_follow_each_other(tmp_path: Path) -> None:
+    """Steps do not overlap where the next one's inputs would be written over those that workers read. A run that is stopped
+    has reported all it did and goes on as if it had not been; one that diverges says after how many steps, and nothing more."""
+    folder = made(tmp_path)
+    script = folder / "check.mjs"
+    script.write_text(
+        """
+        import fs from "node:fs";
+        import { open, train } from "./bundle/host/tinygpt.mjs";
+        const corpus = new Uint8Array(fs.readFileSync(new URL("corpus.txt", import.meta.url)));
+        const found = [];
+        for (const blocking of [true, false]) {
+          const session = await open(new URL("bundle", import.meta.url).pathname, { threads: 2, blocking });
+          const { engine } = session, begin = engine.run.bind(engine), rows = [];
+          let flying = 0, most = 0;
+          engine.run = (...given) => {
+            most = Math.max(most, ++flying);
+            return begin(...given).finally(() => flying--);
+          };
+          const onRow = ({ tokens_per_s, ...row }) => rows.push(row);
+          await train(session, corpus, { steps: 12, evalEvery: 5, onRow, stop: () => rows.length === 7 });
+          const stopped = session.step;
+          await train(session, corpus, { steps: 12, evalEvery: 5, onRow });
+          const diverged = [];
+          const ruined = { steps: 20, lr: 1e30, onRow: ({ step }) => diverged.push(step) };
+          const { message } = await train(session, corpus, ruined).catch((error) => error);
+          found.push({ rows, most, stopped, diverged, message });
+          session.close();
+        }
+        console.log(JSON.stringify(found));
+        """
+    )
+    wanted = without_speed(trained(folder, "--eval-every", "5"))
+    for found in json.loads(node(script)):
+        assert found["rows"] == wanted
+        assert (found["most"], found["stopped"]) == (1, 5)
+        assert found["message"].startswith(f"the loss became Infinity after {found['diverged'][-1]} steps")
+        assert found["diverged"] == list(range(STEPS + 1, found["diverged"][-1] + 1))
+
+
 def test_a_page_without_shared_memory_runs_one_thread(tmp_path: Path) -> None:
     """As in a page that is not cross-origin isolated: no Node, the module made unshared, hashes computed here."""
     folder = made(tmp_path)

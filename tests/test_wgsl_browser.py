@@ -56,6 +56,40 @@ EVERYTHING = """
     return { checks, rows, sample, checkpoint: url.split(",")[1] };
 """
 
+# The same run with a step in flight and without, stopped and taken up again in the middle; in between, one that diverges.
+OVERLAP = """
+    const { open, sha256, train } = await import("./tinygpt.mjs");
+    const corpus = new TextEncoder().encode(TEXT);
+    const session = await open(new URL("..", location));
+    const { engine } = session, begin = engine.run.bind(engine);
+    let flying = 0, most = 0;
+    engine.run = async (name, ...rest) => {
+        const mine = name === "train_step" ? 1 : 0;
+        most = Math.max(most, (flying += mine));
+        try {
+            return await begin(name, ...rest);
+        } finally {
+            flying -= mine;
+        }
+    };
+    const run = async (queued, options, rows = []) => {
+        [engine.queued, most] = [queued, 0];
+        await session.init(5);
+        const save = async () => {
+            const chunks = await Array.fromAsync(session.checkpoint());
+            rows.push({ saved: chunks.map(sha256), flying });
+        };
+        const given = { steps: STEPS, save, saveEvery: 4, onRow: ({ tokens_per_s, ...row }) => rows.push(row), ...options };
+        await train(session, corpus, { ...given, stop: () => session.step === 7 });
+        await train(session, corpus, given);
+        return { rows, most };
+    };
+    const overlapped = await run(true, { evalEvery: 3 });
+    const rows = [];
+    const diverged = await run(true, { lr: 1e30 }, rows).then(() => "nothing", (error) => [error.name, error.message]);
+    return { overlapped, diverged, told: rows.length, waiting: await run(false, { evalEvery: 3, lr: LR }) };
+"""
+
 # Bundles that are not what they should be: what opening each says, and whether it says it as the user's error.
 DAMAGE = """
     const { open, sha256 } = await import("./tinygpt.mjs");
@@ -184,6 +218,25 @@ def test_the_host_tests_trains_saves_resumes_and_samples(bundle: Bundle, tmp_pat
         train(session, CORPUS, 5, eval_every=0, on_row=lambda row: again.append(dict(row)))
         assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows[-2:]], abs=1e-5)
         assert list(session.stream("ab", 8, Sampling(seed=3))) == found["sample"]
+
+
+def test_steps_that_overlap_report_and_save_the_bits_of_one_after_the_other(tmp_path: Path) -> None:
+    device()
+    dropping = compile({**CONFIG, "dropout": 0.1}, "wgsl", 2, 8, out=tmp_path / "b")
+    values = {"TEXT": json.dumps(CORPUS.data.tobytes().decode()), "STEPS": str(STEPS), "LR": str(dropping.manifest.training["lr"])}
+    script = OVERLAP
+    for name, value in values.items():
+        script = script.replace(name, value)
+    found = script_result(dropping, script, tmp_path / "profile")
+    assert found["overlapped"]["rows"] == found["waiting"]["rows"]
+    assert [found[kind]["most"] for kind in ("overlapped", "waiting")] == [2, 1]
+    rows = found["waiting"]["rows"]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, *range(3, STEPS, 3), STEPS]
+    saved = [step for step in range(1, STEPS + 1) if step % 4 == 0 or step == 7]
+    assert [row["flying"] for row in rows if "saved" in row] == [0] * len(saved)
+    kind, message = found["diverged"]
+    assert kind == "UserError" and f"after {found['told']} steps" in message and found["told"] < 4
 
 
 def test_a_damaged_bundle_and_a_lost_device_are_named(bundle: Bundle, tmp_path: Path) -> None:

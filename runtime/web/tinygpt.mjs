@@ -26,9 +26,10 @@ const NUMPY = { f32: "<f4", i32: "<i4", u32: "<u4", bool: "|b1" };
 
 /** The bundle, a file or the device is wrong. `hint` is the next step. */
 export class UserError extends Error {
+  name = "UserError";
+
   constructor(message, hint = "") {
     super(message);
-    this.name = "UserError";
     this.hint = hint;
   }
 }
@@ -149,6 +150,8 @@ function parseJson(text, what) {
 
 /** A module on its memory, and the workers that share it. */
 class Engine {
+  queued = false; // the inputs of a run lie where those of the last one are read
+
   static places({ pools, functions, target }, { require, integer, object, list }) {
     require(target.address_bits in MAX_PAGES, "target.address_bits", target.address_bits);
     const limit = MAX_PAGES[target.address_bits] * PAGE;
@@ -187,7 +190,11 @@ class Engine {
       engine.module = await WebAssembly.compile(bytes);
       engine.memory = allocate(pagesFor(target, threads), target.address_bits, shared);
       engine.words = new Int32Array(engine.memory.buffer, 0, 256);
-      await engine.#populate(shared && !blocking);
+      engine.serving = shared && !blocking; // every thread is a worker, and this one only posts
+      if (!engine.serving) engine.exports = (await WebAssembly.instantiate(engine.module, { env: { memory: engine.memory } })).exports;
+      const starting = [];
+      for (let thread = engine.serving ? 0 : 1; thread < threads; thread++) starting.push(engine.#spawn(thread));
+      await Promise.race([Promise.all(starting), engine.failed]);
     } catch (error) {
       engine.close();
       const hint = error instanceof RangeError ? "it needs more memory than there is" : "use Node 22 or a current browser";
@@ -197,25 +204,13 @@ class Engine {
   }
 
   constructor(manifest, threads) {
-    this.manifest = manifest;
-    this.threads = threads;
-    this.where = `${threads} threads`;
-    this.workers = [];
+    Object.assign(this, { manifest, threads, where: `${threads} threads`, workers: [] });
     this.failed = new Promise((_, reject) => (this.reject = reject));
     this.failed.catch(() => {});
   }
 
-  /** Instances of all threads. `serving`: each is a worker, and this thread only posts. */
-  async #populate(serving) {
-    this.serving = serving;
-    if (!serving) this.exports = (await WebAssembly.instantiate(this.module, { env: { memory: this.memory } })).exports;
-    const starting = [];
-    for (let thread = serving ? 0 : 1; thread < this.threads; thread++) starting.push(this.#spawn(thread));
-    await Promise.race([Promise.all(starting), this.failed]);
-  }
-
   #spawn(thread) {
-    const data = { [WORKER]: true, module: this.module, memory: this.memory, thread, threads: this.threads };
+    const { module, memory, threads } = this, data = { [WORKER]: true, module, memory, thread, threads };
     return new Promise((resolve) => {
       const failed = (why) => this.reject(new Error(`a worker failed: ${why}`));
       const heard = (message) => {
@@ -225,7 +220,7 @@ class Engine {
       };
       let worker;
       if (node) {
-        worker = new (node("worker_threads").Worker)(new URL(import.meta.url), { workerData: data });
+        worker = new workers.Worker(new URL(import.meta.url), { workerData: data });
         worker.on("message", heard);
         worker.on("error", (error) => failed(error.message));
       } else {
@@ -248,9 +243,10 @@ class Engine {
     return new Uint8Array(this.memory.buffer, slot.address + at, length).slice();
   }
 
-  /** Run a function to its end; copies of the slots of `results`, in bytes. */
-  async run(name, results) {
+  /** Run a function to its end on inputs [slot, bytes]; copies of the slots of `results`, in bytes. */
+  async run(name, results, inputs = []) {
     if (!this.memory) throw new Error("the session is closed");
+    for (const [slot, bytes] of inputs) this.write(slot, bytes);
     const entry = this.manifest.target.entries.indexOf(name);
     try {
       if (this.serving) await this.#post(entry);
@@ -329,36 +325,31 @@ function serve({ module, memory, thread, threads }, tell) {
   }
 }
 
-const parent = node?.("worker_threads");
-if (parent?.workerData?.[WORKER]) {
-  serve(parent.workerData, (message) => parent.parentPort.postMessage(message));
+const workers = node?.("worker_threads");
+if (workers?.workerData?.[WORKER]) {
+  serve(workers.workerData, (message) => workers.parentPort.postMessage(message));
 } else if (!node && globalThis.name === WORKER && typeof window === "undefined") {
   globalThis.onmessage = (event) => serve(event.data, (message) => globalThis.postMessage(message));
 }
 
 // ---- session
 
-/** Weights, optimizer and step count of one model. `step` counts the optimizer steps done. */
+/** Weights, optimizer and step count of one model. `step` counts the optimizer steps, each once it is begun. */
 export class Session {
-  #powers = [1, 1]; // of the betas, behind AdamW's bias correction
+  seed = 42;
+  step = 0;
+  data = null;
+  #powers; // of the betas at the next step, behind AdamW's bias correction
   #files;
 
   constructor(manifest, engine, files) {
-    this.manifest = manifest;
-    this.engine = engine;
-    this.seed = 42;
-    this.step = 0;
-    this.training = { ...manifest.training };
-    this.data = null;
+    Object.assign(this, { manifest, engine, training: { ...manifest.training } });
     this.#files = files;
-    const named = (slots) => Object.fromEntries(slots.map((slot) => [slot.name, slot]));
-    const both = ([name, f]) => [name, { in: named(f.inputs), out: named(f.outputs) }];
-    this.functions = Object.fromEntries(Object.entries(manifest.functions).map(both));
   }
 
   /** Write the initial weights of `seed`, zero the moments, and start at step 0. */
   async init(seed = this.seed) {
-    if (this.functions.init) await this.#run("init", { seed: seedWords(seed) });
+    if (this.manifest.functions.init) await this.#run("init", { seed: seedWords(seed) });
     this.seed = seed;
     this.#setStep(0);
   }
@@ -380,20 +371,18 @@ export class Session {
    */
   async trainStep(tokens, targets, lr = this.training.lr) {
     if (!(lr >= 0 && lr <= 1e30)) throw new UserError(`lr is ${lr}, not a finite number from 0`, "3e-4 is usual");
-    const { beta1, beta2 } = this.training;
-    const bias = { bias1: [1 - this.#powers[0] * beta1], bias2: [1 - this.#powers[1] * beta2] };
-    const inputs = { ...this.#batch("train_step", tokens, targets), lr: [lr], ...bias };
-    const [[loss], [gradNorm]] = await this.#run("train_step", inputs, "loss", "grad_norm");
-    this.#finite(loss, "the loss");
-    this.#finite(gradNorm, "the gradient norm");
-    this.step += 1;
-    this.#powers = [this.#powers[0] * beta1, this.#powers[1] * beta2];
-    return { loss, gradNorm };
+    const { beta1, beta2 } = this.training, [power1, power2] = this.#powers;
+    const inputs = { ...this.#batch(tokens, targets), lr: [lr], bias1: [1 - power1], bias2: [1 - power2] };
+    const running = this.#run("train_step", inputs, "loss", "grad_norm");
+    const done = this.step++;
+    this.#powers = [power1 * beta1, power2 * beta2];
+    const [[loss], [gradNorm]] = await running;
+    return { loss: this.#finite(loss, "the loss", done), gradNorm: this.#finite(gradNorm, "the gradient norm", done) };
   }
 
   /** Mean cross-entropy of a batch, nats per token. */
   async loss(tokens, targets) {
-    const [[loss]] = await this.#run("loss", this.#batch("loss", tokens, targets), "loss");
+    const [[loss]] = await this.#run("loss", this.#batch(tokens, targets), "loss");
     return this.#finite(loss, "the loss");
   }
 
@@ -405,17 +394,14 @@ export class Session {
 
   /** Mean cross-entropy over every byte of `text` but the first, nats per byte, in windows that do not overlap. */
   async evaluate(text) {
-    const { batch, context } = this.manifest;
-    requireVocabulary(text, this.manifest.vocabulary, "the text to evaluate");
-    const predictions = text.length - 1;
+    const { batch, context, vocabulary } = this.manifest;
+    requireVocabulary(text, vocabulary, "the text to evaluate");
+    const predictions = text.length - 1, size = batch * context;
     if (predictions < 1) throw new UserError("the text to evaluate has less than 2 bytes", "give a longer text");
-    const tokens = new Int32Array(batch * context), targets = new Int32Array(batch * context);
     let total = 0;
-    for (let first = 0; first < predictions; first += tokens.length) {
-      const count = Math.min(tokens.length, predictions - first);
-      tokens.fill(0).set(text.subarray(first, first + count));
-      targets.fill(0).set(text.subarray(first + 1, first + 1 + count));
-      const [rows] = await this.#run("loss", this.#batch("loss", tokens, targets), "row_losses");
+    for (let first = 0; first < predictions; first += size) {
+      const count = Math.min(size, predictions - first);
+      const [rows] = await this.#run("loss", this.#batch(...gather(text, [first], count, size)), "row_losses");
       for (let i = 0; i < count; i++) total += rows[i];
     }
     return this.#finite(total, "the evaluation loss") / predictions;
@@ -432,9 +418,7 @@ export class Session {
 
   /** `count` new bytes after `prompt` (text or bytes), as text. temperature <= 0 is greedy; topK = 0 and topP = 1 keep all. */
   async generate(prompt, count, options = {}) {
-    const bytes = [];
-    for await (const byte of this.stream(prompt, count, options)) bytes.push(byte);
-    return new TextDecoder().decode(Uint8Array.from(bytes));
+    return new TextDecoder().decode(Uint8Array.from(await Array.fromAsync(this.stream(prompt, count, options))));
   }
 
   /** The bytes of `generate`, one by one. The model sees the last `context` of what there is so far. */
@@ -443,7 +427,7 @@ export class Session {
     if (!Number.isFinite(temperature) || !(topK >= 0) || !(topP > 0 && topP <= 1) || !(count >= 0)) {
       throw new UserError("generate wants a finite temperature, topK >= 0, 0 < topP <= 1 and a number of bytes");
     }
-    const given = typeof prompt === "string" ? new TextEncoder().encode(prompt) : Uint8Array.from(prompt);
+    const given = typeof prompt === "string" ? utf8(prompt) : Uint8Array.from(prompt);
     requireVocabulary(given, vocabulary, "the prompt");
     const key = purposeKey(seed, SAMPLING);
     const sequence = given.length ? [...given] : [10];
@@ -462,25 +446,23 @@ export class Session {
     const golden = new Map((await tensorsOf(await blobOf(file), "golden.safetensors")).tensors.map((t) => [t.name, t]));
     const arrayOf = (key, slot) => {
       const t = golden.get(key);
-      if (!t || t.dtype !== slot.dtype.toUpperCase() || String(t.shape) !== String(slot.shape)) {
-        throw new UserError(`golden.safetensors does not fit the manifest: ${key}`, AGAIN);
-      }
+      if (!fits(t, slot)) throw new UserError(`golden.safetensors does not fit the manifest: ${key}`, AGAIN);
       return new ARRAYS[slot.dtype](file.slice(t.begin, t.end).buffer);
     };
     const checks = [];
-    for (const [name, f] of Object.entries(this.functions)) {
+    for (const [name, f] of Object.entries(this.manifest.functions)) {
       const prefix = `${name}/out/`;
       const outputs = [...golden.keys()].filter((key) => key.startsWith(prefix));
       if (!outputs.length) continue;
       for (const slot of this.manifest.parameters) {
         const key = `param/${slot.name}`;
-        this.#write(slot, golden.has(key) ? arrayOf(key, slot) : new Uint8Array(slot.count));
+        await this.engine.write(slot, this.#bytes(slot, golden.has(key) ? arrayOf(key, slot) : slot.count));
       }
-      const inputs = Object.values(f.in).map((slot) => [slot.name, arrayOf(`${name}/in/${slot.name}`, slot)]);
+      const inputs = f.inputs.map((slot) => [slot.name, arrayOf(`${name}/in/${slot.name}`, slot)]);
       await this.#run(name, Object.fromEntries(inputs));
       for (const key of outputs) {
         const output = key.slice(prefix.length);
-        const slot = f.out[output] ?? this.manifest.parameters.find((p) => p.name === output);
+        const slot = [...f.outputs, ...this.manifest.parameters].find(({ name }) => name === output);
         const difference = furthest(await this.#read(slot), arrayOf(key, slot));
         const tolerance = this.manifest.golden?.[name]?.[output] ?? 0;
         checks.push({ function: name, name: output, difference, tolerance, passed: difference <= tolerance });
@@ -494,18 +476,15 @@ export class Session {
 
   /** The bytes of a checkpoint, in chunks of at most 16 MiB: write them to a file one after the other. */
   async *checkpoint() {
-    const { batch, context, config } = this.manifest;
-    const mark = "\u0001seed";
-    const plain = { batch, config: config ?? null, context, data: this.data, seed: mark, step: this.step, training: this.training };
-    const settings = JSON.stringify(plain).replace(JSON.stringify(mark), String(this.seed));
-    const slots = [...this.manifest.parameters].sort((a, b) => (a.name < b.name ? -1 : 1));
-    const hash = newHash();
-    hash.update(utf8(settings));
+    const { data, step, training, manifest } = this, { batch, context, config = null } = manifest;
+    const settings = JSON.stringify({ batch, config, context, data, seed: JSON.rawJSON(this.seed), step, training });
+    const slots = byName(manifest.parameters);
+    const hash = newHash().update(utf8(settings));
     for (const slot of slots) {
-      hash.update(utf8(hashedName(slot)));
+      hash.update(hashedName(slot));
       for await (const chunk of this.chunks(slot)) hash.update(chunk);
     }
-    const header = { __metadata__: { format: "tinygpt-checkpoint", version: "1", settings, sha256: hash.hex() } };
+    const header = { __metadata__: { format: "tinygpt-checkpoint", version: "1", settings, sha256: hash.digest("hex") } };
     let end = 0;
     for (const slot of slots) {
       header[slot.name] = { dtype: slot.dtype.toUpperCase(), shape: slot.shape, data_offsets: [end, (end += slot.bytes)] };
@@ -547,17 +526,15 @@ export class Session {
     const slots = new Map(this.manifest.parameters.map((slot) => [slot.name, slot]));
     for (const t of tensors) {
       t.slot = slots.get(t.name);
-      const fits = t.slot && t.dtype === t.slot.dtype.toUpperCase() && String(t.shape) === String(t.slot.shape);
-      require(fits, `belongs to another model: ${t.name} is ${t.dtype} [${t.shape}] there`);
+      require(fits(t, t.slot), `belongs to another model: ${t.name} is ${t.dtype} [${t.shape}] there`);
     }
     require(tensors.length === slots.size, "belongs to another model: it lacks arrays");
-    const hash = newHash();
-    hash.update(utf8(metadata.settings ?? ""));
-    for (const t of [...tensors].sort((a, b) => (a.name < b.name ? -1 : 1))) {
-      hash.update(utf8(hashedName(t.slot)));
+    const hash = newHash().update(utf8(metadata.settings ?? ""));
+    for (const t of byName(tensors)) {
+      hash.update(hashedName(t));
       await readChunks(blob, t, (chunk) => hash.update(chunk));
     }
-    require(hash.hex() === metadata.sha256, "was damaged or edited: its content does not match its sha256");
+    require(hash.digest("hex") === metadata.sha256, "was damaged or edited: its content does not match its sha256");
     const settings = parseJson(metadata.settings, "the checkpoint's settings");
     require(Number.isSafeInteger(settings.step) && settings.step >= 0 && typeof settings.training === "object", "has malformed settings");
     seedWords(settings.seed);
@@ -566,32 +543,32 @@ export class Session {
 
   // Between numbers and slots
 
-  #write(slot, numbers) {
-    this.engine.write(slot, new Uint8Array(new ARRAYS[slot.dtype](numbers).buffer));
+  #bytes(slot, numbers) {
+    return new Uint8Array(new ARRAYS[slot.dtype](numbers).buffer);
   }
 
   async #read(slot) {
     return new ARRAYS[slot.dtype]((await this.engine.read(slot)).buffer);
   }
 
-  /** Run a function; the arrays of the named outputs. */
-  async #run(name, inputs, ...outputs) {
-    const f = this.functions[name];
-    const slots = outputs.map((output) => f?.out[output]);
+  /** Begin a function, unless this throws; then the arrays of the named outputs. */
+  #run(name, inputs, ...outputs) {
+    const f = this.manifest.functions[name];
+    const slots = outputs.map((output) => f?.outputs.find((slot) => slot.name === output));
     if (!f || slots.includes(undefined)) throw new UserError(`the bundle has no function ${name} with ${outputs}`, AGAIN);
-    for (const [input, slot] of Object.entries(f.in)) {
-      if (inputs[input]?.length !== slot.count) throw new UserError(`${name}: input ${input} wants ${slot.count} numbers`, AGAIN);
-      this.#write(slot, inputs[input]);
-    }
-    const found = await this.engine.run(name, slots);
-    return found.map((bytes, i) => new ARRAYS[slots[i].dtype](bytes.buffer));
+    const given = f.inputs.map((slot) => {
+      if (inputs[slot.name]?.length === slot.count) return [slot, this.#bytes(slot, inputs[slot.name])];
+      throw new UserError(`${name}: input ${slot.name} wants ${slot.count} numbers`, AGAIN);
+    });
+    const arrays = (found) => found.map((bytes, i) => new ARRAYS[slots[i].dtype](bytes.buffer));
+    return this.engine.run(name, slots, given).then(arrays);
   }
 
-  #batch(name, tokens, targets) {
-    const size = this.manifest.batch * this.manifest.context;
-    const inputs = { tokens: this.#tokens(tokens, size, "tokens"), targets: this.#tokens(targets, size, "targets") };
-    if (this.functions[name]?.in.key) inputs.key = threefry(purposeKey(this.seed, DROPOUT), this.step, 0);
-    return inputs;
+  /** Inputs for a batch, with the key of the step's masks. */
+  #batch(tokens, targets) {
+    const { batch, context } = this.manifest, size = batch * context;
+    const key = threefry(purposeKey(this.seed, DROPOUT), this.step, 0);
+    return { tokens: this.#tokens(tokens, size, "tokens"), targets: this.#tokens(targets, size, "targets"), key };
   }
 
   #tokens(tokens, size, what) {
@@ -603,25 +580,22 @@ export class Session {
     throw new UserError(`${what} have id ${strange}, the vocabulary has ${this.manifest.vocabulary}`, "encode the text as in training");
   }
 
-  #finite(value, what) {
+  #finite(value, what, step = this.step) {
     if (Number.isFinite(value)) return value;
-    throw new DivergedError(`${what} became ${value} after ${this.step} steps`, "load an earlier checkpoint and lower lr");
+    throw new DivergedError(`${what} became ${value} after ${step} steps`, "load an earlier checkpoint and lower lr");
   }
 
   /** Powers by repeated multiplication, as a run from the start has them. */
   #setStep(step) {
     this.step = step;
-    this.#powers = [power(this.training.beta1, step), power(this.training.beta2, step)];
+    this.#powers = [power(this.training.beta1, step + 1), power(this.training.beta2, step + 1)];
   }
 }
 
+/** A power of a beta; what no longer shrinks stays as it is. */
 function power(base, exponent) {
   let value = 1;
-  for (let i = 0; i < exponent; i++) {
-    const next = value * base;
-    if (next === value) break; // it stays there
-    value = next;
-  }
+  for (let i = 0; i < exponent && value * base < value; i++) value *= base;
   return value;
 }
 
@@ -643,10 +617,11 @@ export function split(corpus) {
  * Train on a corpus of bytes until `steps` optimizer steps are done in all. onRow gets { step, loss, grad_norm, tokens_per_s }
  * for each step and { step, train_loss, val_loss } for each evaluation; save (an async function) is called every saveEvery
  * steps and at the end, with weights that are finite; `stop()` returning true ends the run between two steps.
+ * Where the engine queues runs, a step is reported when the next is begun, so that the device need not wait for the host.
  */
 export async function train(session, corpus, options) {
   const { steps, lr, evalEvery = 0, saveEvery = 100, onRow = () => {}, save = null, stop = () => false } = options;
-  const { context, batch, vocabulary } = session.manifest;
+  const { context, batch, vocabulary } = session.manifest, { queued } = session.engine;
   const needed = Math.max(Math.ceil((10 * (context + 1)) / 9), 11);
   if (corpus.length < needed) throw new UserError(`the corpus has ${corpus.length} bytes, at least ${needed} are needed`);
   if (session.step > steps) throw new UserError(`${session.step} steps are done already, steps counts all: ${steps}`);
@@ -654,13 +629,13 @@ export async function train(session, corpus, options) {
   if (lr !== undefined) session.training.lr = lr;
   const { train, validation } = split(corpus);
   const count = train.length - context;
-  const windows = async () => gather(train, await session.windows(session.step, count), context);
+  const drawn = async (step) => gather(train, await session.windows(step, count), context);
   const evaluate = async () => {
     const train_loss = await session.evaluate(train.subarray(0, validation.length));
     onRow({ step: session.step, train_loss, val_loss: await session.evaluate(validation) });
   };
   const saved = async () => {
-    await session.loss(...(await windows())); // throws if the last update ruined the weights
+    await session.loss(...(await drawn(session.step))); // throws if the last update ruined the weights
     for (const slot of session.manifest.parameters) {
       for await (const { buffer } of session.chunks(slot)) {
         if (new ARRAYS[slot.dtype](buffer).every(Number.isFinite)) continue;
@@ -669,21 +644,36 @@ export async function train(session, corpus, options) {
     }
     await save();
   };
+  let next, rows, told = 0; // promises of the next step's batch and of all rows so far; when the last was reported
+  const begun = (promise) => (promise.catch(() => {}), promise); // nobody waits for it once another has failed
+  const report = async (before, step, done, began) => {
+    await before;
+    const { loss, gradNorm } = await done;
+    const now = performance.now();
+    const speed = (batch * context * 1000) / Math.max(now - Math.max(began, told), 1e-3);
+    told = now;
+    onRow({ step, loss, grad_norm: gradNorm, tokens_per_s: Math.round(speed * 10) / 10 });
+  };
   if (evalEvery && !session.step) await evaluate();
   while (session.step < steps && !stop()) {
-    const began = performance.now();
-    const { loss, gradNorm } = await session.trainStep(...(await windows()));
-    const speed = (batch * context * 1000) / (performance.now() - began);
-    onRow({ step: session.step, loss, grad_norm: gradNorm, tokens_per_s: Math.round(speed * 10) / 10 });
-    if (evalEvery && (session.step % evalEvery === 0 || session.step === steps)) await evaluate();
-    if (save && saveEvery && session.step % saveEvery === 0 && session.step < steps) await saved();
+    const began = performance.now(), before = rows;
+    const windows = await (next ?? drawn(session.step));
+    const step = session.step + 1;
+    next = queued && step < steps ? begun(drawn(step)) : null;
+    rows = begun(report(before, step, begun(session.trainStep(...windows)), began));
+    const evaluating = evalEvery && (step % evalEvery === 0 || step === steps);
+    const saving = save && step % saveEvery === 0 && step < steps;
+    await (queued && !evaluating && !saving ? before : rows);
+    if (evaluating) await evaluate();
+    if (saving) await saved();
   }
+  await rows;
   if (save) await saved();
 }
 
-/** Tokens and targets [batch * context] of the windows that start at `offsets`. Targets are shifted by one. */
-export function gather(data, offsets, context) {
-  const tokens = new Int32Array(offsets.length * context), targets = new Int32Array(offsets.length * context);
+/** Tokens and targets of the windows that start at `offsets`, behind them zeros up to `size`. Targets are shifted by one. */
+export function gather(data, offsets, context, size = offsets.length * context) {
+  const tokens = new Int32Array(size), targets = new Int32Array(size);
   offsets.forEach((offset, row) => {
     tokens.set(data.subarray(offset, offset + context), row * context);
     targets.set(data.subarray(offset + 1, offset + context + 1), row * context);
@@ -765,9 +755,17 @@ function utf8(text) {
   return new TextEncoder().encode(text);
 }
 
+function fits(tensor, slot) {
+  return tensor?.dtype === slot?.dtype && String(tensor.shape) === String(slot.shape);
+}
+
+function byName(items) {
+  return [...items].sort((a, b) => (a.name < b.name ? -1 : 1));
+}
+
 /** What a checkpoint's hash has before an array, as Python writes it. */
 function hashedName({ name, dtype, shape }) {
-  return `\0${name}|${NUMPY[dtype]}|(${shape.join(", ")}${shape.length === 1 ? "," : ""})\0`;
+  return utf8(`\0${name}|${NUMPY[dtype]}|(${shape.join(", ")}${shape.length === 1 ? "," : ""})\0`);
 }
 
 async function blobOf(source) {
@@ -796,12 +794,12 @@ function partOf(path, begin, end) {
   return bytes.buffer;
 }
 
-async function bytesOf(blob, begin, end) {
-  return new Uint8Array(await blob.slice(begin, end).arrayBuffer());
+async function bytesOf(blob, begin, length) {
+  return new Uint8Array(await blob.slice(begin, begin + length).arrayBuffer());
 }
 
 async function readChunks(blob, { begin, end }, use) {
-  for (let at = begin; at < end; at += CHUNK) use(await bytesOf(blob, at, Math.min(at + CHUNK, end)), at - begin);
+  for (let at = begin; at < end; at += CHUNK) await use(await bytesOf(blob, at, Math.min(CHUNK, end - at)), at - begin);
 }
 
 /** A safetensors file's tensors, with where they lie, and its metadata. */
@@ -810,7 +808,7 @@ async function tensorsOf(blob, what) {
   const start = await bytesOf(blob, 0, 8);
   const length = start.length < 8 ? Infinity : Number(new DataView(start.buffer).getBigUint64(0, true));
   if (length > Math.min(blob.size - 8, 100e6)) throw refuse("is truncated or no safetensors file");
-  const header = parseJson(new TextDecoder().decode(await bytesOf(blob, 8, 8 + length)), what);
+  const header = parseJson(new TextDecoder().decode(await bytesOf(blob, 8, length)), what);
   const tensors = [];
   for (const [name, entry] of Object.entries(header ?? {})) {
     if (name === "__metadata__") continue;
@@ -820,61 +818,50 @@ async function tensorsOf(blob, what) {
     if (!kind || !Array.isArray(shape) || !(begin >= 0) || !Number.isSafeInteger(end)) throw refuse(`${name} is malformed`);
     const bytes = shape.reduce((a, b) => a * b, 1) * ARRAYS[kind].BYTES_PER_ELEMENT;
     if (end - begin !== bytes || 8 + length + end > blob.size) throw refuse(`${name} is truncated`);
-    tensors.push({ name, dtype, shape, begin: 8 + length + begin, end: 8 + length + end });
+    tensors.push({ name, dtype: kind, shape, begin: 8 + length + begin, end: 8 + length + end });
   }
   return { tensors, metadata: header?.__metadata__ ?? {} };
 }
 
 /** The SHA-256 of bytes, in hex. */
 export function sha256(bytes) {
-  const hash = newHash();
-  hash.update(bytes);
-  return hash.hex();
+  return newHash().update(bytes).digest("hex");
 }
 
-/** SHA-256 over pieces (FIPS 180-4). Browsers hash whole buffers only. */
 function newHash() {
-  if (!node) return new Sha256();
-  const hash = node("crypto").createHash("sha256");
-  return { update: (bytes) => hash.update(bytes), hex: () => hash.digest("hex") };
+  return node ? node("crypto").createHash("sha256") : new Sha256();
 }
 
+/** SHA-256 over pieces (FIPS 180-4), as Node has it. Browsers hash whole buffers only. */
 class Sha256 {
-  static #constants = Sha256.#fractions();
-  #state;
+  static #rounds = Sha256.#fractions(Math.cbrt);
+  #state = Sha256.#fractions(Math.sqrt).subarray(0, 8);
   #block = new Uint8Array(64);
   #words = new Int32Array(64);
-  #filled = 0;
   #length = 0;
 
-  constructor() {
-    this.#state = Int32Array.from(Sha256.#constants.initial);
-  }
-
-  /** The first 32 fractional bits of the square roots (8) and cube roots (64) of the first primes. */
-  static #fractions() {
+  /** The first 32 fractional bits of the roots of the first 64 primes. */
+  static #fractions(root) {
     const primes = [];
     for (let n = 2; primes.length < 64; n++) if (primes.every((p) => n % p)) primes.push(n);
-    const bits = (root) => ((root % 1) * 2 ** 32) | 0;
-    const rounds = Int32Array.from(primes, (p) => bits(Math.cbrt(p)));
-    return { initial: primes.slice(0, 8).map((p) => bits(Math.sqrt(p))), rounds };
+    return Int32Array.from(primes, (p) => ((root(p) % 1) * 2 ** 32) | 0);
   }
 
   update(bytes) {
-    this.#length += bytes.length;
-    let at = 0;
-    while (at < bytes.length) {
-      const taken = Math.min(64 - this.#filled, bytes.length - at);
-      this.#block.set(bytes.subarray(at, at + taken), this.#filled);
-      this.#filled += taken;
-      at += taken;
-      if (this.#filled === 64) this.#compress();
+    for (let at = 0, taken; at < bytes.length; at += taken) {
+      const filled = this.#length % 64;
+      taken = Math.min(64 - filled, bytes.length - at);
+      this.#block.set(bytes.subarray(at, at + taken), filled);
+      this.#length += taken;
+      if (filled + taken === 64) this.#compress();
     }
+    return this;
   }
 
-  hex() {
+  /** In hex. */
+  digest() {
     const bits = BigInt(this.#length) * 8n;
-    const padding = new Uint8Array(((119 - this.#filled) % 64) + 9);
+    const padding = new Uint8Array(((119 - (this.#length % 64)) % 64) + 9);
     padding[0] = 128;
     new DataView(padding.buffer).setBigUint64(padding.length - 8, bits);
     this.update(padding);
@@ -882,7 +869,7 @@ class Sha256 {
   }
 
   #compress() {
-    const w = this.#words, k = Sha256.#constants.rounds, view = new DataView(this.#block.buffer);
+    const w = this.#words, k = Sha256.#rounds, view = new DataView(this.#block.buffer);
     const rotate = (x, n) => (x >>> n) | (x << (32 - n));
     for (let i = 0; i < 16; i++) w[i] = view.getInt32(i * 4);
     for (let i = 16; i < 64; i++) {
@@ -896,6 +883,5 @@ class Sha256 {
       [h, g, f, e, d, c, b, a] = [g, f, e, (d + t1) | 0, c, b, a, (t1 + t2) | 0];
     }
     [a, b, c, d, e, f, g, h].forEach((word, i) => (this.#state[i] += word));
-    this.#filled = 0;
   }
 }

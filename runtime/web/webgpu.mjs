@@ -4,6 +4,10 @@
 // Pipelines and bind groups are made when a function runs for the first time; each launch is then validated alone, so that
 // what the browser refuses has its kernel's name. Launches of a pass see each other's writes in order. Results are copied
 // behind the pass in the same submit and mapped when the device is done, while this thread is free.
+//
+// What is called reaches the device in the order of the calls: inputs, commands and copies of a run go to the queue in one
+// turn of this thread. So the next run may be begun while the device is busy with the last; it only has to wait for its turn
+// while a function that was called before it is made ready.
 
 import { UserError } from "./tinygpt.mjs";
 
@@ -95,10 +99,13 @@ export class GpuEngine {
     return engine;
   }
 
+  queued = true; // runs keep their order and their inputs, however many are begun
+
   #file;
   #pools = {};
   #pipelines = new Map(); // by kernel: promises
-  #ready = new Map(); // by function: promises of its launches
+  #ready = new Map(); // by function: its launches
+  #held = null; // while a function is made ready: a promise that all who wait for their turn have had it
   #staging = []; // buffers that are free to map
   #failure = null; // what went wrong since the last run
 
@@ -112,29 +119,30 @@ export class GpuEngine {
     device.onuncapturederror = ({ error }) => this.#fail(said(error), RESTART);
   }
 
-  /** Copy bytes into a slot, from its byte `at` on. */
+  /** Copy bytes into a slot, from its byte `at` on; a promise if that has to wait, until when they must stay as they are. */
   write(slot, bytes, at = 0) {
-    this.#alive();
-    this.device.queue.writeBuffer(this.#pools[slot.pool], slot.offset + at, bytes);
+    return this.#inTurn(() => this.#write(slot, bytes, at));
   }
 
   /** A copy of bytes of a slot. */
   async read(slot, at = 0, length = slot.bytes) {
-    const encoder = this.device.createCommandEncoder({ label: slot.name });
-    const [bytes] = await this.#finished(encoder, [{ ...slot, offset: slot.offset + at, bytes: length }], slot.name);
-    return bytes;
+    const part = { ...slot, offset: slot.offset + at, bytes: length };
+    const sent = await this.#inTurn(() => this.#submit(this.device.createCommandEncoder({ label: slot.name }), [part]));
+    return (await this.#arrived(sent, slot.name))[0];
   }
 
-  /** Run one function; copies of the slots of `results`, in bytes, when it is done. Without results it is only begun. */
-  async run(name, results) {
-    this.#alive();
-    if (!this.#ready.has(name)) this.#ready.set(name, this.#prepare(name));
-    const launches = await this.#ready.get(name);
-    const encoder = this.device.createCommandEncoder({ label: name });
-    const pass = encoder.beginComputePass({ label: name });
-    for (const launch of launches) dispatch(pass, launch);
-    pass.end();
-    return this.#finished(encoder, results, name);
+  /** Run one function on inputs [slot, bytes]; copies of the slots of `results`, in bytes, when it is done. Without results it
+   * is only begun. */
+  async run(name, results, inputs = []) {
+    const sent = await this.#inTurn(() => {
+      for (const [slot, bytes] of inputs) this.#write(slot, bytes);
+      const encoder = this.device.createCommandEncoder({ label: name });
+      const pass = encoder.beginComputePass({ label: name });
+      for (const launch of this.#ready.get(name)) dispatch(pass, launch);
+      pass.end();
+      return this.#submit(encoder, results);
+    }, name);
+    return this.#arrived(sent, name);
   }
 
   close() {
@@ -149,6 +157,23 @@ export class GpuEngine {
 
   #alive() {
     if (this.#failure) throw this.#failure;
+  }
+
+  /** What `act` returns, which hands work to the device: it acts at once, or after what was called before it where that, or
+   * the function `name` that it needs, is not ready. */
+  #inTurn(act, name) {
+    this.#alive();
+    if (!this.#held && (!name || this.#ready.has(name))) return act();
+    const turn = Promise.resolve(this.#held).then(async () => {
+      if (name && !this.#ready.has(name)) this.#ready.set(name, await this.#prepare(name));
+      this.#alive();
+      return act();
+    });
+    const held = turn.catch(() => {}).then(() => {
+      if (this.#held === held) this.#held = null;
+    });
+    this.#held = held;
+    return turn;
   }
 
   async #allocate() {
@@ -222,9 +247,13 @@ export class GpuEngine {
     }
   }
 
-  /** Submit an encoder with copies of slots behind what it holds; their bytes when the device is done. */
-  async #finished(encoder, slots, what) {
-    this.#alive();
+  #write(slot, bytes, at = 0) {
+    this.device.queue.writeBuffer(this.#pools[slot.pool], slot.offset + at, bytes);
+  }
+
+  /** Submit an encoder with copies of slots behind what it holds. They are mapped from here: a device may take a mapping to
+   * wait for all that was submitted before it is asked for. */
+  #submit(encoder, slots) {
     const size = slots.reduce((sum, slot) => sum + slot.bytes, 0);
     const staging = size ? this.#stage(size) : null;
     let at = 0;
@@ -233,15 +262,20 @@ export class GpuEngine {
       at += slot.bytes;
     }
     this.device.queue.submit([encoder.finish()]);
+    return { slots, size, staging, mapping: staging?.mapAsync(GPUMapMode.READ, 0, size) };
+  }
+
+  /** The bytes of the slots of a submit, when the device is done with it. */
+  async #arrived({ slots, size, staging, mapping }, what) {
     if (!staging) return [];
     try {
-      await staging.mapAsync(GPUMapMode.READ, 0, size);
+      await mapping;
     } catch (error) {
       this.#fail(`${what} failed: ${said(error)}`, RESTART);
     }
     this.#alive();
     const mapped = staging.getMappedRange(0, size);
-    at = 0;
+    let at = 0;
     const found = slots.map(({ bytes }) => new Uint8Array(mapped.slice(at, (at += bytes))));
     staging.unmap();
     if (size > KEPT) staging.destroy();
