@@ -148,7 +148,8 @@ def gpu_attention(extents: Mapping[str, int], caps: Caps) -> Schedule:
     Measured on an H100 at contexts 64 to 1024 and widths 32 and 64, forward and backward."""
     if extents["rows"] <= 64 and extents["columns"] <= 64:
         return Schedule({"tile": (16, 32), "threads": (8, 8)}, {"slice": 32})
-    if extents["rows"] < 256 or not 32 < extents["columns"] <= 96:
+    short = 512 if extents["columns"] <= 32 else 256
+    if extents["rows"] < short or extents["columns"] > 96:
         return Schedule({"tile": (32, 32), "threads": (8, 8)}, {"slice": 32 if extents["columns"] <= 64 else 16})
     return Schedule({"tile": (32, 64), "threads": (8, 8)}, {"slice": 16})
 
