@@ -57,6 +57,17 @@ class Profiler(Protocol):
         """What computes: how many threads, or which GPU."""
 
 
+@runtime_checkable
+class Overlapping(Protocol):
+    """What an engine offers whose device computes beside the host: runs that are begun, and waited for one by one."""
+
+    def begin(self, function: str) -> Callable[[Slot], NDArray[Any]]:
+        """Begin to run one function, after all that was begun and written before; what is written later, later runs read.
+        The returned function waits for this run alone and gives a copy of one of its small outputs (up to some KiB, or
+        one number a sequence of the batch), as this run left it, although others may have been begun since. It may be
+        called for several outputs, or never."""
+
+
 EngineFactory = Callable[[Path, Manifest, int | None], Engine]
 
 

@@ -2,14 +2,16 @@
 
 A function is recorded into one command encoder with one compute pass; pipelines and bind groups are made when it runs
 for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers. A
-function that runs again and again is recorded anew while the device is busy with it, and its small results come back
-in one piece. A profile gives each launch a pass of its own, with the device's clock read at both ends."""
+function that runs again and again is recorded anew while the device is busy with it. The small results of a run are copied
+into a buffer of its own, so that they can be read while the device is busy with later runs. A profile gives each launch a pass of its own, with the device's clock read at both ends."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from tinygpt.runtime import trust
 from tinygpt.runtime.engine import web_files
 from tinygpt.runtime.errors import UserError
-from tinygpt.runtime.gpu_native import Command, record, trusted_module
+from tinygpt.runtime.gpu_native import Command, Mapper, record, submit, trusted_module
 from tinygpt.runtime.manifest import Manifest, Slot
 
 _INSTALL = "pip install wgpu, and a Vulkan, Metal or D3D12 driver (in software: sudo apt install mesa-vulkan-drivers)"
@@ -36,7 +38,7 @@ _MOST_WORKGROUPS = 65535  # where a bundle does not ask for more
 _CLOCK = "timestamp-query"  # asked for where the device has it: it costs nothing until a profile is taken
 _TIMED_LAUNCHES = 2048  # of a set of queries: two each, and a set has at most 4096
 _WARM_UP = 0.5  # seconds of work before launches are timed
-_SMALL_RESULT = 64  # bytes; results up to here are copied into the staging buffer that is read after a run
+_SMALL_RESULT = 64 << 10  # bytes; results up to here are copied where the host reads them: losses of rows, scores of a small model
 
 
 @dataclass(frozen=True)
@@ -151,65 +153,67 @@ class GpuEngine:
                 ) from error
         self._pipelines: dict[str, tuple[Any, Any]] = {}
         self._ready: dict[str, list[Command]] = {}
-        self._ahead: dict[str, Any] = {}  # the next run of a function, recorded
-        self._last = ""  # the function that ran last, until something is written
-        self._last_run = ""
-        self._small: dict[Slot, bytes] = {}  # what was read of its small results
-        self._staging: dict[str, Any] = {}
+        self._mapper = Mapper(self._device)
+        self._small: dict[str, dict[Slot, int]] = {}  # where the small results of a function lie in a buffer of results
+        self._results: dict[str, list[Any]] = {}  # such buffers that no run uses
+        self._ahead: dict[str, tuple[Any, Any]] = {}  # the next run of a function, recorded
+        self._last: _Begun | None = None  # the last run, until the pools may hold something else
 
     @property
     def threads(self) -> int:
         return 1
 
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
-        self._last = ""
+        self._last = None
         self._device.queue.write_buffer(self._pools[slot.pool], slot.offset, array.reshape(-1))
 
     def read(self, slot: Slot) -> NDArray[Any]:
-        if slot in self._small_results(self._last):
-            if not self._small:
-                self._read_small()
-            content = self._small[slot]
-        else:
-            content = self._device.queue.read_buffer(self._pools[slot.pool], slot.offset, slot.nbytes)
-        return np.frombuffer(content, slot.numpy_dtype).reshape(slot.shape).copy()
+        if self._last and slot in self._last.small:
+            return self._last(slot)
+        return np.frombuffer(self._content(self._pools[slot.pool], slot.offset, slot.nbytes), slot.numpy_dtype).reshape(slot.shape)
 
     def run(self, function: str) -> None:
-        self._launches(function)
-        self._device.queue.submit([self._ahead.pop(function, None) or self._recorded(function)])
-        if self._last_run == function:
-            self._ahead[function] = self._recorded(function)
-        self._last, self._last_run, self._small = function, function, {}
+        self._last = self._begin(function)
 
-    def _recorded(self, function: str) -> Any:
-        """The commands of one run: its launches, and the copies of its small results."""
+    def begin(self, function: str) -> Callable[[Slot], NDArray[Any]]:
+        return self._begin(function)
+
+    def _begin(self, function: str) -> _Begun:
+        self._last = None
+        is_first = function not in self._ready
+        self._launches(function)
+        commands, results = self._ahead.pop(function) if function in self._ahead else self._recorded(function)
+        begun = _Begun(self._mapper, submit(self._device, commands), results, self._small[function], self._results[function])
+        if not is_first:
+            self._ahead[function] = self._recorded(function)
+        return begun
+
+    def _recorded(self, function: str) -> tuple[Any, Any]:
+        """The commands of one run, its launches and the copies of its small results; and the buffer these go to. It is not
+        mapped while they wait: only what a run has filled is read, and then not used by another before it was read."""
         encoder = self._device.create_command_encoder(label=function)
         work = encoder.begin_compute_pass(label=function)
         record(work, self._ready[function])
         work.end()
-        for number, slot in enumerate(self._small_results(function)):
-            encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, self._staged(function), number * _SMALL_RESULT, slot.nbytes)
-        return encoder.finish()
+        small, unused = self._small[function], self._results[function]
+        results = unused.pop() if unused else self._readable(f"results of {function}", max(_VECTOR_BYTES, sum(map(_aligned, small))))
+        for slot, offset in small.items():
+            encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, results, offset, slot.nbytes)
+        return encoder.finish(), results
 
-    def _small_results(self, function: str) -> list[Slot]:
-        outputs = self._manifest.functions[function].outputs if function else ()
-        return [slot for slot in outputs if slot.nbytes <= _SMALL_RESULT]
+    def _readable(self, label: str, size: int) -> Any:
+        """A buffer that the host can map."""
+        usage = self._wgpu.BufferUsage.MAP_READ | self._wgpu.BufferUsage.COPY_DST
+        return self._device.create_buffer(label=label, size=size, usage=usage)
 
-    def _staged(self, function: str) -> Any:
-        """The buffer of a function's small results that the host can map."""
-        if function not in self._staging:
-            usage = self._wgpu.BufferUsage.MAP_READ | self._wgpu.BufferUsage.COPY_DST
-            size = _SMALL_RESULT * len(self._small_results(function))
-            self._staging[function] = self._device.create_buffer(label=f"results of {function}", size=size, usage=usage)
-        return self._staging[function]
-
-    def _read_small(self) -> None:
-        """Wait for the last run, and take its small results."""
-        staging = self._staged(self._last)
-        staging.map_sync(self._wgpu.MapMode.READ)
-        content = bytes(staging.read_mapped())
-        staging.unmap()
-        self._small = {slot: content[n * _SMALL_RESULT : n * _SMALL_RESULT + slot.nbytes] for n, slot in enumerate(self._small_results(self._last))}
+    def _content(self, buffer: Any, offset: int, size: int) -> bytearray:
+        """A part of a buffer, after all that was begun."""
+        copy = self._readable("copy", size)
+        encoder = self._device.create_command_encoder(label="copy")
+        encoder.copy_buffer_to_buffer(buffer, offset, copy, 0, size)
+        content = self._mapper.content(copy, submit(self._device, encoder.finish()))
+        copy.destroy()
+        return content
 
     def where(self) -> str:
         return str(self._device.adapter.info["device"])
@@ -239,8 +243,8 @@ class GpuEngine:
                 work.end()
             for number, clock in enumerate(clocks):
                 encoder.resolve_query_set(clock, 0, clock.count, readings, 16 * _TIMED_LAUNCHES * number)
-            self._device.queue.submit([encoder.finish()])
-            ticks = np.frombuffer(self._device.queue.read_buffer(readings), np.int64).reshape(-1, 2)
+            submit(self._device, encoder.finish())
+            ticks = np.frombuffer(self._content(readings, 0, readings.size), np.int64).reshape(-1, 2)
             lap[:-1] = ticks[:, 1] - ticks[:, 0]
             lap[-1] = ticks.max() - ticks.min() - lap[:-1].sum()
         readings.destroy()
@@ -255,10 +259,10 @@ class GpuEngine:
 
     def close(self) -> None:
         pools, self._pools = self._pools, {}
-        self._ready, self._pipelines, self._ahead = {}, {}, {}
-        for pool in [*pools.values(), *self._staging.values()]:
+        self._ready, self._pipelines, self._ahead, self._results, self._last = {}, {}, {}, {}, None
+        self._mapper.close()
+        for pool in pools.values():
             pool.destroy()
-        self._staging = {}
         self._device.destroy()
 
     def _launches(self, function: str) -> list[Command]:
@@ -267,6 +271,10 @@ class GpuEngine:
             raise RuntimeError("the engine is closed")
         if function not in self._ready:
             self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
+            most = max(_SMALL_RESULT, 4 * self._manifest.batch)  # where batches begin fits, whatever the batch
+            small = [slot for slot in self._manifest.functions[function].outputs if slot.nbytes <= most]
+            self._small[function] = dict(zip(small, accumulate(map(_aligned, small), initial=0), strict=False))
+            self._results[function] = []
         return self._ready[function]
 
     def _prepared(self, dispatch: Dispatch) -> Command:
@@ -299,6 +307,34 @@ class GpuEngine:
             )
             self._pipelines[name] = (pipeline, layout)
         return self._pipelines[name]
+
+
+class _Begun:
+    """A run, and the buffer that gets its small results. The buffer is free for others once it was read, or nobody can."""
+
+    def __init__(self, mapper: Mapper, submission: Any, results: Any, small: Mapping[Slot, int], unused: list[Any]) -> None:
+        self.small = small
+        self._mapper, self._submission, self._results, self._unused = mapper, submission, results, unused
+        self._content: bytearray | None = None
+
+    def __call__(self, slot: Slot) -> NDArray[Any]:
+        if self._content is None:
+            self._content = self._mapper.content(self._results, self._submission)
+            self._release()
+        return np.frombuffer(self._content, slot.numpy_dtype, math.prod(slot.shape), self.small[slot]).reshape(slot.shape).copy()
+
+    def __del__(self) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._results is not None:
+            self._unused.append(self._results)
+            self._results = None
+
+
+def _aligned(slot: Slot) -> int:
+    """Bytes of a slot in a buffer of several."""
+    return -(-slot.nbytes // _VECTOR_BYTES) * _VECTOR_BYTES
 
 
 ENGINES = {"wgsl": GpuEngine}
