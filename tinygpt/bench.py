@@ -2,7 +2,8 @@
 beside the FMA peak.
 
 Each contestant has a process of its own, so that thread pools do not fight, and waits while the others are timed. What
-counts is the best step of all rounds: a busy machine makes steps slower, never faster."""
+counts is the best step of all rounds, on a GPU the best group of steps, which overlap with the host as in training: a busy
+machine makes steps slower, never faster."""
 
 from __future__ import annotations
 
@@ -295,7 +296,7 @@ class Contestant:
         return str(self._ask(spec).get("unavailable", ""))
 
     def turn(self, seconds: float) -> float:
-        """Time steps for so long; milliseconds of the best."""
+        """Time steps for so long; milliseconds of the best one, on a GPU those a step of the best group."""
         return float(min(self._ask({"seconds": seconds})["ms"]))
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
