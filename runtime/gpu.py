@@ -165,11 +165,13 @@ class GpuEngine:
 
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
         self._last = None
+        self._require_open()
         self._device.queue.write_buffer(self._pools[slot.pool], slot.offset, array.reshape(-1))
 
     def read(self, slot: Slot) -> NDArray[Any]:
         if self._last and slot in self._last.small:
             return self._last(slot)
+        self._require_open()
         return np.frombuffer(self._content(self._pools[slot.pool], slot.offset, slot.nbytes), slot.numpy_dtype).reshape(slot.shape)
 
     def run(self, function: str) -> None:
@@ -265,10 +267,13 @@ class GpuEngine:
             pool.destroy()
         self._device.destroy()
 
-    def _launches(self, function: str) -> list[Command]:
-        """A function's launches, prepared when it is asked for first. Raises UserError naming a kernel."""
+    def _require_open(self) -> None:
         if not self._pools:
             raise RuntimeError("the engine is closed")
+
+    def _launches(self, function: str) -> list[Command]:
+        """A function's launches, prepared when it is asked for first. Raises UserError naming a kernel."""
+        self._require_open()
         if function not in self._ready:
             self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
             most = max(_SMALL_RESULT, 4 * self._manifest.batch)  # where batches begin fits, whatever the batch

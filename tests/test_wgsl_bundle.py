@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +90,49 @@ def test_two_runs_give_the_same_bits(bundle: Bundle) -> None:
             return [session.train_step(rng.integers(0, 256, shape), rng.integers(0, 256, shape), lr=1e-3)[0] for _ in range(3)]
 
     assert curve() == curve()
+
+
+def test_waiting_for_a_run_does_not_wait_for_later_ones(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        session.train_step(tokens, targets)
+        waits = [session.begin_step(tokens, targets) for _ in range(20)]
+        began = time.perf_counter()
+        waits[0]()
+        first = time.perf_counter() - began
+        waits[-1]()
+        assert first < (time.perf_counter() - began) / 2
+
+
+def test_results_that_nobody_reads_take_no_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    readable = gpu.GpuEngine._readable
+
+    def counted(engine: gpu.GpuEngine, label: str, size: int) -> Any:
+        made.append(label)
+        return readable(engine, label, size)
+
+    monkeypatch.setattr(gpu.GpuEngine, "_readable", counted)
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        for number in range(300):
+            session.begin_windows(number, 100)
+            session.engine.run("windows")
+            if number % 20 == 0:
+                session.begin_step(tokens, targets)
+            if number % 50 == 0:
+                assert session.begin_windows(number, 100)().max() < 100
+        assert np.isfinite(session.train_step(tokens, targets)).all()
+    assert max(Counter(made).values()) <= 3  # the last run's, the next one's, and one that is still held
+
+
+def test_a_lost_device_is_an_error_and_not_the_end_of_the_process(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        wait = session.begin_step(tokens, targets)
+        session.engine._device.destroy()
+        with pytest.raises(UserError, match="the GPU's driver stopped"):
+            wait()
 
 
 def test_a_profile_times_every_launch_on_the_device(bundle: Bundle) -> None:
