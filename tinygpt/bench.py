@@ -147,7 +147,10 @@ def bench(
 def bench_product(
     size: int, device: Target, caps: Caps, threads: int, *, engine: str = "", rounds: int = 5, seconds: float = 1.0
 ) -> ProductResult:
-    """Time one product of two square matrices, lowered by the passes that every model goes through."""
+    """Time one product of two square matrices, lowered by the passes that every model goes through. Raises UserError for a
+    GPU, where a run of one kernel is mostly waiting for it."""
+    if caps.strategy != "cpu":
+        raise UserError(f"--matmul: a product alone is not timed on target {device.name}", hint="tinygpt profile BUNDLE times the kernels of a model there")
     with contextlib.ExitStack() as stack:
         made = one_kernel.product(_folder(stack) / "product", size, device, caps)
         ours = _in_engine(OURS, _kernel_spec(made, threads), device, engine, stack)

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,8 @@ def ours(spec: Mapping[str, Any]) -> Steps:
 
 
 def function(spec: Mapping[str, Any]) -> Steps:
-    """One function of a bundle by itself, its inputs written once: halves, with which nothing grows or vanishes. Its end
-    is awaited by reading the first number of its result."""
+    """One function of a bundle by itself, its inputs written once: halves, with which nothing grows or vanishes. The
+    engine is one whose runs end before `run` returns."""
     from tinygpt.runtime.bundle import load
     from tinygpt.runtime.engine import open_engine
 
@@ -82,11 +82,10 @@ def function(spec: Mapping[str, Any]) -> Steps:
     entry = bundle.manifest.functions[spec["function"]]
     for slot in entry.inputs:
         engine.write(slot, np.full(slot.shape, 0.5, slot.numpy_dtype))
-    first = replace(entry.outputs[0], shape=())
 
     def begin() -> Wait:
         engine.run(entry.name)
-        return lambda: float(engine.read(first))
+        return lambda: 0.0
 
     return Steps(begin)
 
