@@ -2,8 +2,9 @@
 
 A function is recorded into one command encoder with one compute pass; pipelines and bind groups are made when it runs
 for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers. A
-function that runs again and again is recorded anew while the device is busy with it. The small results of a run are copied
-into a buffer of its own, so that they can be read while the device is busy with later runs. A profile gives each launch a pass of its own, with the device's clock read at both ends."""
+function that runs again and again is recorded anew while the device is busy with it. The small results of a run are
+copied into a buffer of its own, so that they can be read while the device is busy with later runs. A profile gives each
+launch a pass of its own, with the device's clock read at both ends."""
 
 from __future__ import annotations
 
@@ -332,9 +333,9 @@ class _Begun:
         self._release()
 
     def _release(self) -> None:
-        if self._results is not None:
-            self._unused.append(self._results)
-            self._results = None
+        results, self._results = self._results, None
+        if results is not None:
+            self._unused.append(results)
 
 
 def _aligned(slot: Slot) -> int:

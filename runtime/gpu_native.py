@@ -77,13 +77,14 @@ class Mapper:
             raise RuntimeError("the engine is closed")
         handle, size = buffer._internal, buffer.size
         self._answers.clear()
-        lib.wgpuBufferMapAsync(handle, lib.WGPUMapMode_Read, 0, size, self._info[0])
-        lib.wgpuDevicePoll(self._device._internal, True, submission)
-        if self._answers != [lib.WGPUMapAsyncStatus_Success]:
-            raise UserError("the GPU's driver stopped and its results are lost", hint="start again, or go on from the last checkpoint")
-        content = bytearray(ffi.buffer(lib.wgpuBufferGetMappedRange(handle, 0, size), size))
-        lib.wgpuBufferUnmap(handle)
-        return content
+        try:
+            lib.wgpuBufferMapAsync(handle, lib.WGPUMapMode_Read, 0, size, self._info[0])
+            lib.wgpuDevicePoll(self._device._internal, True, submission)
+            if self._answers != [lib.WGPUMapAsyncStatus_Success]:
+                raise UserError("the GPU's driver stopped and its results are lost", hint="start again, or go on from the last checkpoint")
+            return bytearray(ffi.buffer(lib.wgpuBufferGetMappedRange(handle, 0, size), size))
+        finally:
+            lib.wgpuBufferUnmap(handle)  # after Ctrl-C, too: it ends the wait
 
     def close(self) -> None:
         """Read nothing any more: the device goes."""

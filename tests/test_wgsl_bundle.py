@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -124,6 +126,32 @@ def test_results_that_nobody_reads_take_no_memory(bundle: Bundle, monkeypatch: p
                 assert session.begin_windows(number, 100)().max() < 100
         assert np.isfinite(session.train_step(tokens, targets)).all()
     assert max(Counter(made).values()) <= 3  # the last run's, the next one's, and one that is still held
+
+
+class Interrupted:
+    """A device on which Ctrl-C is pressed as soon as something waits for it."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+
+    @property
+    def _internal(self) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return self._device._internal
+
+
+def test_ctrl_c_while_a_result_is_awaited_leaves_the_engine_whole(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session, bundle.session(seed=1) as other:
+        given = batches(other, 3)
+        wanted = [other.train_step(*batch) for batch in given]
+        mapper = session.engine._mapper
+        first = session.begin_step(*given[0])
+        device, mapper._device = mapper._device, Interrupted(mapper._device)
+        with pytest.raises(KeyboardInterrupt):
+            first()
+        mapper._device = device
+        assert first() == wanted[0]
+        assert [session.train_step(*batch) for batch in given[1:]] == wanted[1:]
 
 
 def test_a_lost_device_is_an_error_and_not_the_end_of_the_process(bundle: Bundle) -> None:
