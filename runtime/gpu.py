@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tinygpt.runtime import trust
 from tinygpt.runtime.engine import web_files
 from tinygpt.runtime.errors import UserError
-from tinygpt.runtime.gpu_native import Command, Mapper, record, submit, trusted_module
+from tinygpt.runtime.gpu_native import Command, Queue, record, trusted_module
 from tinygpt.runtime.manifest import Manifest, Slot
 
 _INSTALL = "pip install wgpu, and a Vulkan, Metal or D3D12 driver (in software: sudo apt install mesa-vulkan-drivers)"
@@ -154,7 +154,7 @@ class GpuEngine:
                 ) from error
         self._pipelines: dict[str, tuple[Any, Any]] = {}
         self._ready: dict[str, list[Command]] = {}
-        self._mapper = Mapper(self._device)
+        self._queue = Queue(self._device)
         self._small: dict[str, dict[Slot, int]] = {}  # where the small results of a function lie in a buffer of results
         self._results: dict[str, list[Any]] = {}  # such buffers that no run uses
         self._ahead: dict[str, tuple[Any, Any]] = {}  # the next run of a function, recorded
@@ -167,7 +167,7 @@ class GpuEngine:
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
         self._last = None
         self._require_open()
-        self._device.queue.write_buffer(self._pools[slot.pool], slot.offset, array.reshape(-1))
+        self._queue.write(self._pools[slot.pool], slot.offset, array)
 
     def read(self, slot: Slot) -> NDArray[Any]:
         if self._last and slot in self._last.small:
@@ -186,7 +186,7 @@ class GpuEngine:
         is_first = function not in self._ready
         self._launches(function)
         commands, results = self._ahead.pop(function) if function in self._ahead else self._recorded(function)
-        begun = _Begun(self._mapper, submit(self._device, commands), results, self._small[function], self._results[function])
+        begun = _Begun(self._queue, self._queue.submit(commands), results, self._small[function], self._results[function])
         if not is_first:
             self._ahead[function] = self._recorded(function)
         return begun
@@ -214,7 +214,7 @@ class GpuEngine:
         copy = self._readable("copy", size)
         encoder = self._device.create_command_encoder(label="copy")
         encoder.copy_buffer_to_buffer(buffer, offset, copy, 0, size)
-        content = self._mapper.content(copy, submit(self._device, encoder.finish()))
+        content = self._queue.content(copy, self._queue.submit(encoder.finish()))
         copy.destroy()
         return content
 
@@ -246,7 +246,7 @@ class GpuEngine:
                 work.end()
             for number, clock in enumerate(clocks):
                 encoder.resolve_query_set(clock, 0, clock.count, readings, 16 * _TIMED_LAUNCHES * number)
-            submit(self._device, encoder.finish())
+            self._queue.submit(encoder.finish())
             ticks = np.frombuffer(self._content(readings, 0, readings.size), np.int64).reshape(-1, 2)
             lap[:-1] = ticks[:, 1] - ticks[:, 0]
             lap[-1] = ticks.max() - ticks.min() - lap[:-1].sum()
@@ -263,7 +263,7 @@ class GpuEngine:
     def close(self) -> None:
         pools, self._pools = self._pools, {}
         self._ready, self._pipelines, self._ahead, self._results, self._last = {}, {}, {}, {}, None
-        self._mapper.close()
+        self._queue.close()
         for pool in pools.values():
             pool.destroy()
         self._device.destroy()
@@ -318,14 +318,14 @@ class GpuEngine:
 class _Begun:
     """A run, and the buffer that gets its small results. The buffer is free for others once it was read, or nobody can."""
 
-    def __init__(self, mapper: Mapper, submission: Any, results: Any, small: Mapping[Slot, int], unused: list[Any]) -> None:
+    def __init__(self, queue: Queue, submission: Any, results: Any, small: Mapping[Slot, int], unused: list[Any]) -> None:
         self.small = small
-        self._mapper, self._submission, self._results, self._unused = mapper, submission, results, unused
+        self._queue, self._submission, self._results, self._unused = queue, submission, results, unused
         self._content: bytearray | None = None
 
     def __call__(self, slot: Slot) -> NDArray[Any]:
         if self._content is None:
-            self._content = self._mapper.content(self._results, self._submission)
+            self._content = self._queue.content(self._results, self._submission)
             self._release()
         return np.frombuffer(self._content, slot.numpy_dtype, math.prod(slot.shape), self.small[slot]).reshape(slot.shape).copy()
 

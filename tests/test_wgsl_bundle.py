@@ -144,12 +144,12 @@ def test_ctrl_c_while_a_result_is_awaited_leaves_the_engine_whole(bundle: Bundle
     with bundle.session(seed=1) as session, bundle.session(seed=1) as other:
         given = batches(other, 3)
         wanted = [other.train_step(*batch) for batch in given]
-        mapper = session.engine._mapper
+        queue = session.engine._queue
         first = session.begin_step(*given[0])
-        device, mapper._device = mapper._device, Interrupted(mapper._device)
+        device, queue._device = queue._device, Interrupted(queue._device)
         with pytest.raises(KeyboardInterrupt):
             first()
-        mapper._device = device
+        queue._device = device
         assert first() == wanted[0]
         assert [session.train_step(*batch) for batch in given[1:]] == wanted[1:]
 
