@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,10 @@ class GpuEngine:
         self._pipelines: dict[str, tuple[Any, Any]] = {}
         self._ready: dict[str, list[Command]] = {}
         self._queue = Queue(self._device)
-        self._small: dict[str, dict[Slot, int]] = {}  # where the small results of a function lie in a buffer of results
-        self._results: dict[str, list[Any]] = {}  # such buffers that no run uses
-        self._ahead: dict[str, tuple[Any, Any]] = {}  # the next run of a function, recorded
-        self._last: _Begun | None = None  # the last run, until the pools may hold something else
+        self._sequences: dict[tuple[str, ...], _Sequence] = {}
+        self._held: _Submission | None = None  # of a run that waits for the next one
+        self._touched: dict[str, Mapping[str, list[tuple[int, int]]]] = {}  # by pool, the bytes that a held function touches
+        self._last: tuple[_Submission, str] | None = None  # the last run, until the pools may hold something else
 
     @property
     def threads(self) -> int:
@@ -167,41 +168,80 @@ class GpuEngine:
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
         self._last = None
         self._require_open()
+        if self._held and any(low < slot.end and slot.offset < high for low, high in self._touched[self._held.functions[0]][slot.pool]):
+            self._submit_held()  # else the write would come before it
         self._queue.write(self._pools[slot.pool], slot.offset, array)
 
     def read(self, slot: Slot) -> NDArray[Any]:
-        if self._last and slot in self._last.small:
-            return self._last(slot)
-        self._require_open()
+        if self._last and self._last[0].has(self._last[1], slot):
+            return self._last[0].result(self._last[1], slot)
+        self._submit_held()
         return np.frombuffer(self._content(self._pools[slot.pool], slot.offset, slot.nbytes), slot.numpy_dtype).reshape(slot.shape)
 
     def run(self, function: str) -> None:
-        self._last = self._begin(function)
+        self._last = self._begin(function), function
 
     def begin(self, function: str) -> Callable[[Slot], NDArray[Any]]:
-        return self._begin(function)
+        return partial(self._begin(function).result, function)
 
-    def _begin(self, function: str) -> _Begun:
+    def begin_with_next(self, function: str) -> Callable[[Slot], NDArray[Any]]:
         self._last = None
-        is_first = function not in self._ready
+        self._submit_held()
         self._launches(function)
-        commands, results = self._ahead.pop(function) if function in self._ahead else self._recorded(function)
-        begun = _Begun(self._queue, self._queue.submit(commands), results, self._small[function], self._results[function])
-        if not is_first:
-            self._ahead[function] = self._recorded(function)
-        return begun
+        if function not in self._touched:
+            self._touched[function] = self._touched_by(function)
+        self._held = _Submission(self, (function,))
+        return partial(self._held.result, function)
 
-    def _recorded(self, function: str) -> tuple[Any, Any]:
-        """The commands of one run, its launches and the copies of its small results; and the buffer these go to. It is not
-        mapped while they wait: only what a run has filled is read, and then not used by another before it was read."""
-        encoder = self._device.create_command_encoder(label=function)
-        work = encoder.begin_compute_pass(label=function)
-        record(work, self._ready[function])
-        work.end()
-        small, unused = self._small[function], self._results[function]
-        results = unused.pop() if unused else self._readable(f"results of {function}", max(_VECTOR_BYTES, sum(map(_aligned, small))))
-        for slot, offset in small.items():
-            encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, results, offset, slot.nbytes)
+    def _touched_by(self, function: str) -> Mapping[str, list[tuple[int, int]]]:
+        bindings = [binding for dispatch in self._record.functions[function] for binding in dispatch.bindings]
+        return {pool: [(start, start + size) for place, start, size in bindings if place == pool] for pool in self._pools}
+
+    def _begin(self, function: str) -> _Submission:
+        self._last = None
+        self._launches(function)
+        submission, self._held = self._held or _Submission(self, ()), None
+        submission.functions += (function,)
+        self._submit(submission)
+        return submission
+
+    def _submit_held(self) -> None:
+        self._require_open()
+        submission, self._held = self._held, None
+        if submission:
+            self._submit(submission)
+
+    def _submit(self, submission: _Submission) -> None:
+        functions = submission.functions
+        is_first = functions not in self._sequences
+        if is_first:
+            self._sequences[functions] = self._sequence(functions)
+        sequence = self._sequences[functions]
+        commands, results = sequence.ahead or self._recorded(functions, sequence)
+        sequence.ahead = None
+        submission.submitted(self._queue, self._queue.submit(commands), results, sequence)
+        if not is_first:
+            sequence.ahead = self._recorded(functions, sequence)
+
+    def _sequence(self, functions: tuple[str, ...]) -> _Sequence:
+        most = max(_SMALL_RESULT, 4 * self._manifest.batch)  # where batches begin fits, whatever the batch
+        small = [(name, slot) for name in functions for slot in self._manifest.functions[name].outputs if slot.nbytes <= most]
+        *starts, end = accumulate((-(-slot.nbytes // _VECTOR_BYTES) * _VECTOR_BYTES for _, slot in small), initial=0)
+        return _Sequence(dict(zip(small, starts, strict=True)), max(end, _VECTOR_BYTES))
+
+    def _recorded(self, functions: tuple[str, ...], sequence: _Sequence) -> tuple[Any, Any]:
+        """The commands of one submission, for each function its launches and the copies of its small results; and the buffer
+        these go to. It is not mapped while they wait: only what was filled is read, and only then it is filled again."""
+        label = " and ".join(functions)
+        results = sequence.unused.pop() if sequence.unused else self._readable(f"results of {label}", sequence.nbytes)
+        encoder = self._device.create_command_encoder(label=label)
+        for function in functions:
+            work = encoder.begin_compute_pass(label=function)
+            record(work, self._ready[function])
+            work.end()
+            for (name, slot), place in sequence.places.items():
+                if name == function:
+                    encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, results, place, slot.nbytes)
         return encoder.finish(), results
 
     def _readable(self, label: str, size: int) -> Any:
@@ -262,7 +302,7 @@ class GpuEngine:
 
     def close(self) -> None:
         pools, self._pools = self._pools, {}
-        self._ready, self._pipelines, self._ahead, self._results, self._last = {}, {}, {}, {}, None
+        self._ready, self._pipelines, self._sequences, self._held, self._last = {}, {}, {}, None, None
         self._queue.close()
         for pool in pools.values():
             pool.destroy()
@@ -277,10 +317,6 @@ class GpuEngine:
         self._require_open()
         if function not in self._ready:
             self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
-            most = max(_SMALL_RESULT, 4 * self._manifest.batch)  # where batches begin fits, whatever the batch
-            small = [slot for slot in self._manifest.functions[function].outputs if slot.nbytes <= most]
-            self._small[function] = dict(zip(small, accumulate(map(_aligned, small), initial=0), strict=False))
-            self._results[function] = []
         return self._ready[function]
 
     def _prepared(self, dispatch: Dispatch) -> Command:
@@ -315,19 +351,43 @@ class GpuEngine:
         return self._pipelines[name]
 
 
-class _Begun:
-    """A run, and the buffer that gets its small results. The buffer is free for others once it was read, or nobody can."""
+@dataclass
+class _Sequence:
+    """Functions that run in one submission, one after another: where a buffer of results has the small results of each, such
+    buffers that nothing uses, and the next submission with its buffer, recorded."""
 
-    def __init__(self, queue: Queue, submission: Any, results: Any, small: Mapping[Slot, int], unused: list[Any]) -> None:
-        self.small = small
-        self._queue, self._submission, self._results, self._unused = queue, submission, results, unused
+    places: Mapping[tuple[str, Slot], int]
+    nbytes: int
+    unused: list[Any] = field(default_factory=list)
+    ahead: tuple[Any, Any] | None = None
+
+
+class _Submission:
+    """Runs that are submitted together, now or later, and the buffer that gets their small results. The buffer is free for
+    others once it was read, or nobody can read it any more."""
+
+    def __init__(self, engine: GpuEngine, functions: tuple[str, ...]) -> None:
+        self.functions = functions
+        self._engine: GpuEngine | None = engine  # until it is submitted
+        self._results: Any = None
         self._content: bytearray | None = None
 
-    def __call__(self, slot: Slot) -> NDArray[Any]:
+    def submitted(self, queue: Queue, index: Any, results: Any, sequence: _Sequence) -> None:
+        self._engine, self._queue, self._index, self._results, self._sequence = None, queue, index, results, sequence
+
+    def has(self, function: str, slot: Slot) -> bool:
+        """Whether the slot is a small result of the function."""
+        return (function, slot) in self._sequence.places
+
+    def result(self, function: str, slot: Slot) -> NDArray[Any]:
+        """Wait for the runs; a copy of a small result."""
+        if self._engine:
+            self._engine._submit_held()
         if self._content is None:
-            self._content = self._queue.content(self._results, self._submission)
+            self._content = self._queue.content(self._results, self._index)
             self._release()
-        return np.frombuffer(self._content, slot.numpy_dtype, math.prod(slot.shape), self.small[slot]).reshape(slot.shape).copy()
+        place = self._sequence.places[function, slot]
+        return np.frombuffer(self._content, slot.numpy_dtype, math.prod(slot.shape), place).reshape(slot.shape).copy()
 
     def __del__(self) -> None:
         self._release()
@@ -335,12 +395,7 @@ class _Begun:
     def _release(self) -> None:
         results, self._results = self._results, None
         if results is not None:
-            self._unused.append(results)
-
-
-def _aligned(slot: Slot) -> int:
-    """Bytes of a slot in a buffer of several."""
-    return -(-slot.nbytes // _VECTOR_BYTES) * _VECTOR_BYTES
+            self._sequence.unused.append(results)
 
 
 ENGINES = {"wgsl": GpuEngine}

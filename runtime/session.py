@@ -180,7 +180,7 @@ class Session:
         function = self._function("train_step")
         self._write_batch(function.inputs, tokens, targets)
         self._write_rates(function.inputs, lr)
-        result = self._begin("train_step")
+        result = self._overlapping.begin("train_step") if self._overlapping else self._run("train_step")
         before = self.step
         self._advance()
 
@@ -228,12 +228,13 @@ class Session:
         return self.begin_windows(step, count)()
 
     def begin_windows(self, step: int, count: int) -> Callable[[], NDArray[Any]]:
-        """Begin what `windows` does; the returned function waits for it, not for what is begun later."""
+        """Begin what `windows` does, together with the step that is begun next; the returned function waits for both, or for
+        the windows alone if no step was begun."""
         function = self._function("windows")
         self.engine.write(function.inputs["seed"], self._seed_array)
         self.engine.write(function.inputs["step"], np.array(step, np.uint32))
         self.engine.write(function.inputs["count"], np.array(count, np.uint32))
-        result = self._begin("windows")
+        result = self._overlapping.begin_with_next("windows") if self._overlapping else self._run("windows")
         return lambda: result(function.outputs["offsets"])
 
     # Evaluation and generation
@@ -312,10 +313,8 @@ class Session:
 
     # Between Python values and slots
 
-    def _begin(self, name: str) -> Callable[[Slot], NDArray[Any]]:
-        """Run a function, or begin to; its results by slot, as it left them, whatever runs before they are asked for."""
-        if self._overlapping:
-            return self._overlapping.begin(name)
+    def _run(self, name: str) -> Callable[[Slot], NDArray[Any]]:
+        """Run a function; its results by slot, as it left them, whatever runs before they are asked for."""
         self.engine.run(name)
         return {slot: self.engine.read(slot) for slot in self._functions[name].outputs.values()}.__getitem__
 

@@ -3,8 +3,8 @@
 The batch of a step depends on (seed, steps done before it) alone, so evaluating, saving, stopping and resuming leave
 every later bit as it would have been.
 
-On a GPU one step is in flight: the device gets the windows of step n + 1 and then step n, so that the windows are there as
-soon as step n - 1 is done, and the batch of step n + 1 is gathered, and step n - 1 reported, while step n runs."""
+On a GPU one step is in flight: step n - 1 is reported and the batch of step n + 1 is gathered while step n runs. The
+windows of that batch came with step n - 1: the device is given those of step n + 2 together with step n."""
 
 from __future__ import annotations
 
@@ -184,14 +184,15 @@ class _Run:
         if self.eval_every and not session.step:
             self._evaluate(interrupts)
         self.reported = time.perf_counter()
-        following: Callable[[], NDArray[Any]] | None = None
+        windows: deque[Callable[[], NDArray[Any]]] = deque()  # of the next steps, as far as they are begun
         while session.step < self.steps and not interrupts.requested:
-            starts = (following or session.begin_windows(session.step, count))()
+            starts = (windows.popleft() if windows else session.begin_windows(session.step, count))()
             tokens, targets = gather(train, starts, context)
-            is_last = session.step + 1 == self.steps
-            following = session.begin_windows(session.step + 1, count) if session.overlaps and not is_last else None
+            while session.overlaps and len(windows) < 2 and session.step + 1 + len(windows) < self.steps:
+                windows.append(session.begin_windows(session.step + 1 + len(windows), count))
             wait = session.begin_step(tokens, targets)
             self.in_flight.append((session.step, wait))
+            is_last = session.step == self.steps
             self._report(most=1 if session.overlaps else 0)
             if self._due(self.eval_every) or (self.eval_every and is_last):
                 self._report()

@@ -229,6 +229,8 @@ class LateEngine(FakeEngine):
         self._queue.append(compute)
         return result
 
+    begin_with_next = begin
+
     def run(self, function: str) -> None:
         self.begin(function)
         self._catch_up()

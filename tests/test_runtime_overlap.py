@@ -175,4 +175,4 @@ def test_no_more_is_begun_than_training_needs() -> None:
     engine = session.engine
     assert isinstance(engine, LateEngine)
     train(session, CORPUS, 6, console=quiet())
-    assert engine.begun == ["init", "windows", "windows", "train_step", *["windows", "train_step"] * 4, "train_step"]
+    assert engine.begun == ["init", "windows", "windows", *["windows", "train_step"] * 4, "train_step", "train_step"]
