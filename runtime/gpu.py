@@ -158,7 +158,7 @@ class GpuEngine:
         self._queue = Queue(self._device)
         self._sequences: dict[tuple[str, ...], _Sequence] = {}
         self._held: _Submission | None = None  # of a run that waits for the next one
-        self._touched: dict[str, Mapping[str, list[tuple[int, int]]]] = {}  # by pool, the bytes that a held function touches
+        self._touched: dict[str, Mapping[str, list[tuple[int, int]]]] = {}  # by pool, what a held function reads or writes
         self._last: tuple[_Submission, str] | None = None  # the last run, until the pools may hold something else
 
     @property
@@ -168,7 +168,7 @@ class GpuEngine:
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
         self._last = None
         self._require_open()
-        if self._held and any(low < slot.end and slot.offset < high for low, high in self._touched[self._held.functions[0]][slot.pool]):
+        if self._held and any(start < slot.end and slot.offset < end for start, end in self._touched[self._held.functions[0]][slot.pool]):
             self._submit_held()  # else the write would come before it
         self._queue.write(self._pools[slot.pool], slot.offset, array)
 
@@ -194,12 +194,15 @@ class GpuEngine:
         return partial(self._held.result, function)
 
     def _touched_by(self, function: str) -> Mapping[str, list[tuple[int, int]]]:
+        """By pool, the bytes [start, end) that a function reads or writes."""
         bindings = [binding for dispatch in self._record.functions[function] for binding in dispatch.bindings]
         return {pool: [(start, start + size) for place, start, size in bindings if place == pool] for pool in self._pools}
 
     def _begin(self, function: str) -> _Submission:
         self._last = None
         self._launches(function)
+        if self._held and function in self._held.functions:
+            self._submit_held()  # the results of both would have one place
         submission, self._held = self._held or _Submission(self, ()), None
         submission.functions += (function,)
         self._submit(submission)
@@ -242,7 +245,7 @@ class GpuEngine:
             for (name, slot), place in sequence.places.items():
                 if name == function:
                     encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, results, place, slot.nbytes)
-        return encoder.finish(), results
+        return encoder.finish(label=label), results
 
     def _readable(self, label: str, size: int) -> Any:
         """A buffer that the host can map."""

@@ -31,6 +31,7 @@ from tinygpt.runtime import gpu
 from tinygpt.runtime.bundle import Bundle
 from tinygpt.runtime.engine import local_device
 from tinygpt.runtime.errors import UserError
+from tinygpt.runtime.training import train
 from tinygpt.targets.wgsl.profiles import DEFAULT, LIMITS
 
 
@@ -104,6 +105,33 @@ def test_waiting_for_a_run_does_not_wait_for_later_ones(bundle: Bundle) -> None:
         first = time.perf_counter() - began
         waits[-1]()
         assert first < (time.perf_counter() - began) / 2
+
+
+def test_a_training_step_is_one_submission_with_its_windows(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    with bundle.session(seed=1) as session:
+        queue = session.engine._queue
+        submit = queue.submit
+        monkeypatch.setattr(queue, "submit", lambda commands: made.append(commands.label) or submit(commands))
+        train(session, CORPUS, 10)
+    step = "windows and train_step"  # the first two steps need theirs before, the last two none
+    assert made == ["windows", "windows", *[step] * 8, "train_step", "train_step"]
+
+
+def test_a_write_where_a_held_run_reads_comes_after_it(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        wanted = [session.windows(step, 1000) for step in range(3)]
+        assert not np.array_equal(wanted[0], wanted[1])
+        waits = [session.begin_windows(step, 1000) for step in range(3)]
+        assert all(np.array_equal(wait(), offsets) for wait, offsets in zip(waits, wanted, strict=True))
+        held = session.begin_windows(1, 1000)
+        step = next(slot for slot in bundle.manifest.functions["windows"].inputs if slot.name == "step")
+        session.engine.write(step, np.array(2, np.uint32))
+        assert session.engine.read(step) == 2
+        assert np.array_equal(held(), wanted[1])
+        held = session.begin_windows(0, 1000)
+        session.engine.run("windows")
+        assert np.array_equal(held(), wanted[0])
 
 
 def test_results_that_nobody_reads_take_no_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
