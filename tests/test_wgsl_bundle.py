@@ -129,9 +129,19 @@ def test_a_write_where_a_held_run_reads_comes_after_it(bundle: Bundle) -> None:
         session.engine.write(step, np.array(2, np.uint32))
         assert session.engine.read(step) == 2
         assert np.array_equal(held(), wanted[1])
-        held = session.begin_windows(0, 1000)
-        session.engine.run("windows")
-        assert np.array_equal(held(), wanted[0])
+
+
+def test_a_function_may_be_begun_together_with_itself(bundle: Bundle) -> None:
+    loss = next(slot for slot in bundle.manifest.functions["train_step"].outputs if slot.name == "loss")
+    with bundle.session(seed=1) as session, bundle.session(seed=1) as other:
+        for opened in (session, other):
+            opened.train_step(*batches(opened, 1)[0])
+        wanted = []
+        for _ in range(2):  # the same batch again
+            other.engine.run("train_step")
+            wanted.append(other.engine.read(loss))
+        waits = [session.engine.begin_with_next("train_step"), session.engine.begin("train_step")]
+        assert [wait(loss) for wait in waits] == wanted and wanted[0] != wanted[1]
 
 
 def test_results_that_nobody_reads_take_no_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
