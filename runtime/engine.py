@@ -57,6 +57,22 @@ class Profiler(Protocol):
         """What computes: how many threads, or which GPU."""
 
 
+@runtime_checkable
+class Overlapping(Protocol):
+    """What an engine offers whose device computes beside the host: runs that are begun, and waited for one by one.
+
+    A run comes after all that was begun and written before; what is written later, later runs read. The function that
+    is returned waits for this run, not for later ones, and gives a copy of one of its small outputs (up to some KiB, or
+    one number a sequence of the batch), as this run left it. It may be called for several outputs, at any time, or never."""
+
+    def begin(self, function: str) -> Callable[[Slot], NDArray[Any]]:
+        """Begin to run one function."""
+
+    def begin_with_next(self, function: str) -> Callable[[Slot], NDArray[Any]]:
+        """Begin to run one function together with the one that is begun next, which costs the host less than two; by
+        itself if its result is asked for before. Its result may come with that of the other."""
+
+
 EngineFactory = Callable[[Path, Manifest, int | None], Engine]
 
 

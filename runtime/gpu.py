@@ -2,14 +2,18 @@
 
 A function is recorded into one command encoder with one compute pass; pipelines and bind groups are made when it runs
 for the first time. Dispatches of a pass see each other's writes in order, so the launch list needs no barriers. A
-function that runs again and again is recorded anew while the device is busy with it, and its small results come back
-in one piece. A profile gives each launch a pass of its own, with the device's clock read at both ends."""
+function that runs again and again is recorded anew while the device is busy with it. The small results of a run are
+copied into a buffer of its own, so that they can be read while the device is busy with later runs. A profile gives each
+launch a pass of its own, with the device's clock read at both ends."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from numpy.typing import NDArray
 from tinygpt.runtime import trust
 from tinygpt.runtime.engine import web_files
 from tinygpt.runtime.errors import UserError
-from tinygpt.runtime.gpu_native import Command, record, trusted_module
+from tinygpt.runtime.gpu_native import Command, Queue, record, trusted_module
 from tinygpt.runtime.manifest import Manifest, Slot
 
 _INSTALL = "pip install wgpu, and a Vulkan, Metal or D3D12 driver (in software: sudo apt install mesa-vulkan-drivers)"
@@ -36,7 +40,7 @@ _MOST_WORKGROUPS = 65535  # where a bundle does not ask for more
 _CLOCK = "timestamp-query"  # asked for where the device has it: it costs nothing until a profile is taken
 _TIMED_LAUNCHES = 2048  # of a set of queries: two each, and a set has at most 4096
 _WARM_UP = 0.5  # seconds of work before launches are timed
-_SMALL_RESULT = 64  # bytes; results up to here are copied into the staging buffer that is read after a run
+_SMALL_RESULT = 64 << 10  # bytes; results up to here are copied where the host reads them: losses of rows, scores of a small model
 
 
 @dataclass(frozen=True)
@@ -151,65 +155,111 @@ class GpuEngine:
                 ) from error
         self._pipelines: dict[str, tuple[Any, Any]] = {}
         self._ready: dict[str, list[Command]] = {}
-        self._ahead: dict[str, Any] = {}  # the next run of a function, recorded
-        self._last = ""  # the function that ran last, until something is written
-        self._last_run = ""
-        self._small: dict[Slot, bytes] = {}  # what was read of its small results
-        self._staging: dict[str, Any] = {}
+        self._queue = Queue(self._device)
+        self._sequences: dict[tuple[str, ...], _Sequence] = {}
+        self._held: _Submission | None = None  # of a run that waits for the next one
+        self._touched: dict[str, Mapping[str, list[tuple[int, int]]]] = {}  # by pool, what a held function reads or writes
+        self._last: tuple[_Submission, str] | None = None  # the last run, until the pools may hold something else
 
     @property
     def threads(self) -> int:
         return 1
 
     def write(self, slot: Slot, array: NDArray[Any]) -> None:
-        self._last = ""
-        self._device.queue.write_buffer(self._pools[slot.pool], slot.offset, array.reshape(-1))
+        self._last = None
+        self._require_open()
+        if self._held and any(start < slot.end and slot.offset < end for start, end in self._touched[self._held.functions[0]][slot.pool]):
+            self._submit_held()  # else the write would come before it
+        self._queue.write(self._pools[slot.pool], slot.offset, array)
 
     def read(self, slot: Slot) -> NDArray[Any]:
-        if slot in self._small_results(self._last):
-            if not self._small:
-                self._read_small()
-            content = self._small[slot]
-        else:
-            content = self._device.queue.read_buffer(self._pools[slot.pool], slot.offset, slot.nbytes)
-        return np.frombuffer(content, slot.numpy_dtype).reshape(slot.shape).copy()
+        if self._last and self._last[0].has(self._last[1], slot):
+            return self._last[0].result(self._last[1], slot)
+        self._submit_held()
+        return np.frombuffer(self._content(self._pools[slot.pool], slot.offset, slot.nbytes), slot.numpy_dtype).reshape(slot.shape)
 
     def run(self, function: str) -> None:
+        self._last = self._begin(function), function
+
+    def begin(self, function: str) -> Callable[[Slot], NDArray[Any]]:
+        return partial(self._begin(function).result, function)
+
+    def begin_with_next(self, function: str) -> Callable[[Slot], NDArray[Any]]:
+        self._last = None
+        self._submit_held()
         self._launches(function)
-        self._device.queue.submit([self._ahead.pop(function, None) or self._recorded(function)])
-        if self._last_run == function:
-            self._ahead[function] = self._recorded(function)
-        self._last, self._last_run, self._small = function, function, {}
+        if function not in self._touched:
+            self._touched[function] = self._touched_by(function)
+        self._held = _Submission(self, (function,))
+        return partial(self._held.result, function)
 
-    def _recorded(self, function: str) -> Any:
-        """The commands of one run: its launches, and the copies of its small results."""
-        encoder = self._device.create_command_encoder(label=function)
-        work = encoder.begin_compute_pass(label=function)
-        record(work, self._ready[function])
-        work.end()
-        for number, slot in enumerate(self._small_results(function)):
-            encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, self._staged(function), number * _SMALL_RESULT, slot.nbytes)
-        return encoder.finish()
+    def _touched_by(self, function: str) -> Mapping[str, list[tuple[int, int]]]:
+        """By pool, the bytes [start, end) that a function reads or writes."""
+        bindings = [binding for dispatch in self._record.functions[function] for binding in dispatch.bindings]
+        return {pool: [(start, start + size) for place, start, size in bindings if place == pool] for pool in self._pools}
 
-    def _small_results(self, function: str) -> list[Slot]:
-        outputs = self._manifest.functions[function].outputs if function else ()
-        return [slot for slot in outputs if slot.nbytes <= _SMALL_RESULT]
+    def _begin(self, function: str) -> _Submission:
+        self._last = None
+        self._launches(function)
+        if self._held and function in self._held.functions:
+            self._submit_held()  # the results of both would have one place
+        submission, self._held = self._held or _Submission(self, ()), None
+        submission.functions += (function,)
+        self._submit(submission)
+        return submission
 
-    def _staged(self, function: str) -> Any:
-        """The buffer of a function's small results that the host can map."""
-        if function not in self._staging:
-            usage = self._wgpu.BufferUsage.MAP_READ | self._wgpu.BufferUsage.COPY_DST
-            size = _SMALL_RESULT * len(self._small_results(function))
-            self._staging[function] = self._device.create_buffer(label=f"results of {function}", size=size, usage=usage)
-        return self._staging[function]
+    def _submit_held(self) -> None:
+        self._require_open()
+        submission, self._held = self._held, None
+        if submission:
+            self._submit(submission)
 
-    def _read_small(self) -> None:
-        """Wait for the last run, and take its small results."""
-        staging = self._staged(self._last)
-        staging.map_sync(self._wgpu.MapMode.READ)
-        content = bytes(staging.read_mapped())
-        staging.unmap()
-        self._small = {slot: content[n * _SMALL_RESULT : n * _SMALL_RESULT + slot.nbytes] for n, slot in enumerate(self._small_results(self._last))}
+    def _submit(self, submission: _Submission) -> None:
+        functions = submission.functions
+        is_first = functions not in self._sequences
+        if is_first:
+            self._sequences[functions] = self._sequence(functions)
+        sequence = self._sequences[functions]
+        commands, results = sequence.ahead or self._recorded(functions, sequence)
+        sequence.ahead = None
+        submission.submitted(self._queue, self._queue.submit(commands), results, sequence)
+        if not is_first:
+            sequence.ahead = self._recorded(functions, sequence)
+
+    def _sequence(self, functions: tuple[str, ...]) -> _Sequence:
+        most = max(_SMALL_RESULT, 4 * self._manifest.batch)  # where batches begin fits, whatever the batch
+        small = [(name, slot) for name in functions for slot in self._manifest.functions[name].outputs if slot.nbytes <= most]
+        *starts, end = accumulate((-(-slot.nbytes // _VECTOR_BYTES) * _VECTOR_BYTES for _, slot in small), initial=0)
+        return _Sequence(dict(zip(small, starts, strict=True)), max(end, _VECTOR_BYTES))
+
+    def _recorded(self, functions: tuple[str, ...], sequence: _Sequence) -> tuple[Any, Any]:
+        """The commands of one submission, for each function its launches and the copies of its small results; and the buffer
+        these go to. It is not mapped while they wait: only what was filled is read, and only then it is filled again."""
+        label = " and ".join(functions)
+        results = sequence.unused.pop() if sequence.unused else self._readable(f"results of {label}", sequence.nbytes)
+        encoder = self._device.create_command_encoder(label=label)
+        for function in functions:
+            work = encoder.begin_compute_pass(label=function)
+            record(work, self._ready[function])
+            work.end()
+            for (name, slot), place in sequence.places.items():
+                if name == function:
+                    encoder.copy_buffer_to_buffer(self._pools[slot.pool], slot.offset, results, place, slot.nbytes)
+        return encoder.finish(label=label), results
+
+    def _readable(self, label: str, size: int) -> Any:
+        """A buffer that the host can map."""
+        usage = self._wgpu.BufferUsage.MAP_READ | self._wgpu.BufferUsage.COPY_DST
+        return self._device.create_buffer(label=label, size=size, usage=usage)
+
+    def _content(self, buffer: Any, offset: int, size: int) -> bytearray:
+        """A part of a buffer, after all that was begun."""
+        copy = self._readable("copy", size)
+        encoder = self._device.create_command_encoder(label="copy")
+        encoder.copy_buffer_to_buffer(buffer, offset, copy, 0, size)
+        content = self._queue.content(copy, self._queue.submit(encoder.finish()))
+        copy.destroy()
+        return content
 
     def where(self) -> str:
         return str(self._device.adapter.info["device"])
@@ -239,8 +289,8 @@ class GpuEngine:
                 work.end()
             for number, clock in enumerate(clocks):
                 encoder.resolve_query_set(clock, 0, clock.count, readings, 16 * _TIMED_LAUNCHES * number)
-            self._device.queue.submit([encoder.finish()])
-            ticks = np.frombuffer(self._device.queue.read_buffer(readings), np.int64).reshape(-1, 2)
+            self._queue.submit(encoder.finish())
+            ticks = np.frombuffer(self._content(readings, 0, readings.size), np.int64).reshape(-1, 2)
             lap[:-1] = ticks[:, 1] - ticks[:, 0]
             lap[-1] = ticks.max() - ticks.min() - lap[:-1].sum()
         readings.destroy()
@@ -255,16 +305,19 @@ class GpuEngine:
 
     def close(self) -> None:
         pools, self._pools = self._pools, {}
-        self._ready, self._pipelines, self._ahead = {}, {}, {}
-        for pool in [*pools.values(), *self._staging.values()]:
+        self._ready, self._pipelines, self._sequences, self._held, self._last = {}, {}, {}, None, None
+        self._queue.close()
+        for pool in pools.values():
             pool.destroy()
-        self._staging = {}
         self._device.destroy()
+
+    def _require_open(self) -> None:
+        if not self._pools:
+            raise RuntimeError("the engine is closed")
 
     def _launches(self, function: str) -> list[Command]:
         """A function's launches, prepared when it is asked for first. Raises UserError naming a kernel."""
-        if not self._pools:
-            raise RuntimeError("the engine is closed")
+        self._require_open()
         if function not in self._ready:
             self._ready[function] = [self._prepared(d) for d in self._record.functions[function]]
         return self._ready[function]
@@ -299,6 +352,53 @@ class GpuEngine:
             )
             self._pipelines[name] = (pipeline, layout)
         return self._pipelines[name]
+
+
+@dataclass
+class _Sequence:
+    """Functions that run in one submission, one after another: where a buffer of results has the small results of each, such
+    buffers that nothing uses, and the next submission with its buffer, recorded."""
+
+    places: Mapping[tuple[str, Slot], int]
+    nbytes: int
+    unused: list[Any] = field(default_factory=list)
+    ahead: tuple[Any, Any] | None = None
+
+
+class _Submission:
+    """Runs that are submitted together, now or later, and the buffer that gets their small results. The buffer is free for
+    others once it was read, or nobody can read it any more."""
+
+    def __init__(self, engine: GpuEngine, functions: tuple[str, ...]) -> None:
+        self.functions = functions
+        self._engine: GpuEngine | None = engine  # until it is submitted
+        self._results: Any = None
+        self._content: bytearray | None = None
+
+    def submitted(self, queue: Queue, index: Any, results: Any, sequence: _Sequence) -> None:
+        self._engine, self._queue, self._index, self._results, self._sequence = None, queue, index, results, sequence
+
+    def has(self, function: str, slot: Slot) -> bool:
+        """Whether the slot is a small result of the function."""
+        return (function, slot) in self._sequence.places
+
+    def result(self, function: str, slot: Slot) -> NDArray[Any]:
+        """Wait for the runs; a copy of a small result."""
+        if self._engine:
+            self._engine._submit_held()
+        if self._content is None:
+            self._content = self._queue.content(self._results, self._index)
+            self._release()
+        place = self._sequence.places[function, slot]
+        return np.frombuffer(self._content, slot.numpy_dtype, math.prod(slot.shape), place).reshape(slot.shape).copy()
+
+    def __del__(self) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        results, self._results = self._results, None
+        if results is not None:
+            self._sequence.unused.append(results)
 
 
 ENGINES = {"wgsl": GpuEngine}

@@ -1,12 +1,15 @@
 """A model in memory: its weights, its optimizer, and the functions of its bundle as Python calls.
 
 Tokens may have any integer type; they are checked (shape, range) before compiled code sees them. A call costs a few
-writes to places computed once, in the constructor: below 0.1 ms on top of the function itself."""
+writes to places computed once, in the constructor: below 0.1 ms on top of the function itself.
+
+Where the engine computes beside the host (a GPU), `begin_step` and `begin_windows` return while it does, with a function
+that waits for their result; elsewhere they return when it is there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tinygpt.runtime import checkpoint, data, tokenizer
 from tinygpt.runtime.checkpoint import Checkpoint
-from tinygpt.runtime.engine import Engine
+from tinygpt.runtime.engine import Engine, Overlapping
 from tinygpt.runtime.errors import DivergedError, UserError
 from tinygpt.runtime.manifest import Manifest, Slot
 from tinygpt.runtime.sampling import Sampling, sample
@@ -48,14 +51,15 @@ class Session:
     """Weights, optimizer and step count of one model, on one engine.
 
     A fresh session holds the initial weights of `seed`; the same seed gives the same weights and batches on every
-    target. `step` counts the optimizer steps done; `training` are the settings, from the manifest, with the learning
-    rate of a loaded checkpoint; `data` is the fingerprint of the corpus the weights were trained on, if one is
-    known."""
+    target. `step` counts the optimizer steps done, those begun included; `training` are the settings, from the
+    manifest, with the learning rate of a loaded checkpoint; `data` is the fingerprint of the corpus the weights were
+    trained on, if one is known."""
 
     def __init__(self, manifest: Manifest, engine: Engine, seed: int = 42) -> None:
         """Raises UserError if the bundle asks for an input this runtime does not know."""
         self.manifest = manifest
         self.engine = engine
+        self._overlapping = engine if isinstance(engine, Overlapping) else None
         self.seed = seed
         self.step = 0
         self.training: dict[str, Any] = dict(manifest.training)
@@ -75,6 +79,11 @@ class Session:
             self.engine.write(self._functions["init"].inputs["seed"], self._seed_array)
             self.engine.run("init")
         self._set_step(0)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the engine computes what is begun while the host goes on."""
+        return self._overlapping is not None
 
     def close(self) -> None:
         """Free the engine's memory and threads."""
@@ -161,22 +170,31 @@ class Session:
         """One step of AdamW on a batch (integers [batch, context]): the batch's loss before the update, in nats per
         token, and the norm of its gradient before clipping. `lr` None takes the setting.
 
-        Raises DivergedError if either is not finite, UserError if the arrays do not fit."""
-        inputs = self._function("train_step").inputs
-        self._write_batch(inputs, tokens, targets)
-        self._write_rates(inputs, lr)
-        self.engine.run("train_step")
-        outputs = self._functions["train_step"].outputs
-        loss = self._finite(outputs["loss"], "the loss")
-        grad_norm = self._finite(outputs["grad_norm"], "the gradient norm")
+        Raises DivergedError if either is not finite, UserError if the arrays do not fit. Either way `step` counts the
+        updates of the weights: a diverged step has made one."""
+        return self.begin_step(tokens, targets, lr)()
+
+    def begin_step(self, tokens: ArrayLike, targets: ArrayLike, lr: float | None = None) -> Callable[[], tuple[float, float]]:
+        """Begin what `train_step` does. The returned function waits for this step, not for later ones, and gives its loss
+        and norm; it raises what `train_step` raises of them. Whatever is called meanwhile finds the weights as the step leaves them."""
+        function = self._function("train_step")
+        self._write_batch(function.inputs, tokens, targets)
+        self._write_rates(function.inputs, lr)
+        result = self._overlapping.begin("train_step") if self._overlapping else self._run("train_step")
+        before = self.step
         self._advance()
-        return loss, grad_norm
+
+        def wait() -> tuple[float, float]:
+            loss = self._finite(result(function.outputs["loss"]), "the loss", before)
+            return loss, self._finite(result(function.outputs["grad_norm"]), "the gradient norm", before)
+
+        return wait
 
     def loss(self, tokens: ArrayLike, targets: ArrayLike) -> float:
         """Mean cross-entropy of a batch, nats per token. Raises DivergedError if it is not finite."""
         self._write_batch(self._function("loss").inputs, tokens, targets)
         self.engine.run("loss")
-        return self._finite(self._functions["loss"].outputs["loss"], "the loss")
+        return self._finite(self.engine.read(self._functions["loss"].outputs["loss"]), "the loss", self.step)
 
     def grads(self, tokens: ArrayLike, targets: ArrayLike) -> dict[str, NDArray[Any]]:
         """The gradient of the batch's loss by every parameter, unclipped. Raises DivergedError if the loss is not
@@ -185,7 +203,7 @@ class Session:
         self.engine.run("grads")
         self._micro_batch += 1
         outputs = self._functions["grads"].outputs
-        self._finite(outputs["loss"], "the loss")
+        self._finite(self.engine.read(outputs["loss"]), "the loss", self.step)
         return {name: self.engine.read(outputs[f"grad:{name}"]) for name in self._parameters}
 
     def apply(self, grads: Mapping[str, ArrayLike], lr: float | None = None) -> float:
@@ -200,19 +218,24 @@ class Session:
             self._write_array(inputs[f"grad:{name}"], np.asarray(grads[name]))
         self._write_rates(inputs, lr)
         self.engine.run("apply")
-        grad_norm = self._finite(self._functions["apply"].outputs["grad_norm"], "the gradient norm")
+        before = self.step
         self._advance()
-        return grad_norm
+        return self._finite(self.engine.read(self._functions["apply"].outputs["grad_norm"]), "the gradient norm", before)
 
     def windows(self, step: int, count: int) -> NDArray[Any]:
         """i32[batch] starts, each in [0, count), of the windows of the batch for `step` (steps done before it). A
         function of (seed, step, count) alone, computed by the bundle, so every target draws the same."""
+        return self.begin_windows(step, count)()
+
+    def begin_windows(self, step: int, count: int) -> Callable[[], NDArray[Any]]:
+        """Begin what `windows` does, together with the step that is begun next; the returned function waits for both, or for
+        the windows alone if no step was begun."""
         function = self._function("windows")
         self.engine.write(function.inputs["seed"], self._seed_array)
         self.engine.write(function.inputs["step"], np.array(step, np.uint32))
         self.engine.write(function.inputs["count"], np.array(count, np.uint32))
-        self.engine.run("windows")
-        return self.engine.read(function.outputs["offsets"])
+        result = self._overlapping.begin_with_next("windows") if self._overlapping else self._run("windows")
+        return lambda: result(function.outputs["offsets"])
 
     # Evaluation and generation
 
@@ -234,7 +257,7 @@ class Session:
             self.engine.run("loss")
             total += float(self.engine.read(function.outputs["row_losses"])[mask].sum(dtype=np.float64))
         if not math.isfinite(total):
-            raise self._diverged("the evaluation loss", total)
+            raise self._diverged("the evaluation loss", total, self.step)
         return total / (tokens.size - 1)
 
     def logits(self, tokens: ArrayLike) -> NDArray[Any]:
@@ -290,6 +313,11 @@ class Session:
 
     # Between Python values and slots
 
+    def _run(self, name: str) -> Callable[[Slot], NDArray[Any]]:
+        """Run a function; its results by slot, as it left them, whatever runs before they are asked for."""
+        self.engine.run(name)
+        return {slot: self.engine.read(slot) for slot in self._functions[name].outputs.values()}.__getitem__
+
     def _function(self, name: str) -> _Function:
         function = self._functions.get(name)
         if function is None:
@@ -338,15 +366,15 @@ class Session:
     def _write_array(self, slot: Slot, array: NDArray[Any]) -> None:
         self.engine.write(slot, np.asarray(array, dtype=slot.numpy_dtype, order="C"))
 
-    def _finite(self, slot: Slot, what: str) -> float:
-        value = float(self.engine.read(slot))
+    def _finite(self, array: NDArray[Any], what: str, step: int) -> float:
+        value = float(array)
         if not math.isfinite(value):
-            raise self._diverged(what, value)
+            raise self._diverged(what, value, step)
         return value
 
-    def _diverged(self, what: str, value: float) -> DivergedError:
+    def _diverged(self, what: str, value: float, step: int) -> DivergedError:
         return DivergedError(
-            f"{what} became {value} after {self.step} steps: training has diverged",
+            f"{what} became {value} after {step} steps: training has diverged",
             hint="load an earlier checkpoint and train with a lower lr",
         )
 

@@ -1,13 +1,17 @@
 """The training loop: batches, evaluation, metrics, checkpoints, and what happens when it is stopped or diverges.
 
 The batch of a step depends on (seed, steps done before it) alone, so evaluating, saving, stopping and resuming leave
-every later bit as it would have been."""
+every later bit as it would have been.
+
+On a GPU one step is in flight: step n - 1 is reported and the batch of step n + 1 is gathered while step n runs. The
+windows of that batch came with step n - 1: the device is given those of step n + 2 together with step n."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from tinygpt.runtime import checkpoint, tokenizer
@@ -126,6 +131,8 @@ class _Run:
         self.loss: float | None = None
         self.val_loss: float | None = None
         self.saved_step: int | None = None
+        self.in_flight: deque[tuple[int, Callable[[], tuple[float, float]]]] = deque()  # steps begun and not reported
+        self.reported = 0.0  # when the last one was, by time.perf_counter
 
     def check(self) -> None:
         """Find out before the first step what would fail after hours."""
@@ -174,25 +181,41 @@ class _Run:
         session, train = self.session, self.corpus.train
         context = session.manifest.context
         count = train.size - context
-        tokens_per_step = session.manifest.batch * context
         if self.eval_every and not session.step:
             self._evaluate(interrupts)
-        began = time.perf_counter()
+        self.reported = time.perf_counter()
+        windows: deque[Callable[[], NDArray[Any]]] = deque()  # of the next steps, as far as they are begun
         while session.step < self.steps and not interrupts.requested:
-            tokens, targets = gather(train, session.windows(session.step, count), context)
-            self.loss, grad_norm = session.train_step(tokens, targets)
+            starts = (windows.popleft() if windows else session.begin_windows(session.step, count))()
+            tokens, targets = gather(train, starts, context)
+            while session.overlaps and len(windows) < 2 and session.step + 1 + len(windows) < self.steps:
+                windows.append(session.begin_windows(session.step + 1 + len(windows), count))
+            wait = session.begin_step(tokens, targets)
+            self.in_flight.append((session.step, wait))
+            is_last = session.step == self.steps
+            self._report(most=1 if session.overlaps else 0)
+            if self._due(self.eval_every) or (self.eval_every and is_last):
+                self._report()
+                self._evaluate(interrupts)
+                self.reported = time.perf_counter()
+            if self.out and self._due(self.save_every) and not is_last:
+                self._report()
+                self._save()
+                self.reported = time.perf_counter()
+        self._report()
+
+    def _report(self, most: int = 0) -> None:
+        """Wait for steps, the first one first, until at most so many are in flight; record and show each."""
+        manifest = self.session.manifest
+        while len(self.in_flight) > most:
+            step, wait = self.in_flight.popleft()
+            self.loss, grad_norm = wait()
             now = time.perf_counter()
-            speed = round(tokens_per_step / max(now - began, 1e-9), 1)
-            began = now
-            row = {"step": session.step, "loss": self.loss, "grad_norm": grad_norm, "tokens_per_s": speed}
+            speed = round(manifest.batch * manifest.context / max(now - self.reported, 1e-9), 1)
+            self.reported = now
+            row = {"step": step, "loss": self.loss, "grad_norm": grad_norm, "tokens_per_s": speed}
             self._record(row)
             self.view.step(row)
-            if self._due(self.eval_every) or (self.eval_every and session.step == self.steps):
-                self._evaluate(interrupts)
-                began = time.perf_counter()
-            if self.out and self._due(self.save_every) and session.step < self.steps:
-                self._save()
-                began = time.perf_counter()
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.session.step % every == 0

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +197,55 @@ class FakeEngine:
             v[...] = settings["beta2"] * v + (1 - settings["beta2"]) * gradient**2
             decay = settings["weight_decay"] if slot.decay else 0.0
             weight[...] = weight * (1 - lr * decay) - lr * (m / bias1) / (np.sqrt(v / bias2) + settings["eps"])
+
+
+class LateEngine(FakeEngine):
+    """A fake engine that computes beside the host, as late as it may: what was written and begun waits in a queue until
+    something is read. `begun` lists the functions in the order in which they were begun."""
+
+    def __init__(self, folder: Path | None, manifest: Manifest, threads: int | None = None) -> None:
+        super().__init__(folder, manifest, threads)
+        self.begun: list[str] = []
+        self._queue: deque[Callable[[], None]] = deque()
+
+    def write(self, slot: Slot, array: NDArray[Any]) -> None:
+        self._require_open()
+        self._queue.append(partial(super().write, slot, array.copy()))
+
+    def begin(self, function: str) -> Callable[[Slot], NDArray[Any]]:
+        self._require_open()
+        self.begun.append(function)
+        results: dict[Slot, NDArray[Any]] = {}
+
+        def compute() -> None:
+            FakeEngine.run(self, function)
+            results.update({slot: FakeEngine.read(self, slot) for slot in self._manifest.functions[function].outputs})
+
+        def result(slot: Slot) -> NDArray[Any]:
+            while slot not in results:
+                self._queue.popleft()()
+            return results[slot].copy()
+
+        self._queue.append(compute)
+        return result
+
+    begin_with_next = begin
+
+    def run(self, function: str) -> None:
+        self.begin(function)
+        self._catch_up()
+
+    def read(self, slot: Slot) -> NDArray[Any]:
+        self._catch_up()
+        return super().read(slot)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the engine is closed")
+
+    def _catch_up(self) -> None:
+        while self._queue:
+            self._queue.popleft()()
 
 
 def golden_vectors(manifest: Manifest) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tinygpt.targets.cpp.build import compile_flags
 
 from tests.cli import CONFIG, SHAPE, CommandLine
 from tests.node import require_node
-from tinygpt import bench, compiler, one_kernel, peak
+from tinygpt import bench, compiler, one_kernel, peak, rivals
 from tinygpt.config import ModelConfig
 from tinygpt.profiling import flops_by_hash
 from tinygpt.regeneration import product_flops, regenerate
@@ -64,6 +65,57 @@ def test_bench_notes_name_what_lacks_its_fast_path() -> None:
     assert "no fused multiply-add" in slow and ("profile baseline" in slow) is (native.lanes > 4)
     even = ModelConfig(d_model=128, n_heads=2)
     assert not list(bench.notes(even, native, strict=False, threads=1)) or not native.fma
+
+
+class Device:
+    """A clock, and a device that takes `step(number)` seconds for a step the host begins in `host` seconds. It has
+    waited for the host `idle` seconds in all; `read` are the numbers of the steps whose loss was read."""
+
+    def __init__(self, host: float, step: Callable[[int], float]) -> None:
+        self.host, self.step = host, step
+        self.now = self.free = self.idle = 0.0
+        self.begun = 0
+        self.read: list[int] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def begin(self) -> Callable[[], float]:
+        number, self.begun = self.begun, self.begun + 1
+        self.now += self.host
+        self.idle += max(0.0, self.now - self.free)
+        self.free = done = max(self.now, self.free) + self.step(number)
+
+        def wait() -> float:
+            self.now = max(self.now, done)
+            self.read.append(number)
+            return 0.0
+
+        return wait
+
+
+def test_steps_in_flight_are_timed_by_the_slower_of_host_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host, step, expected in ((0.0003, 0.0006, 0.6), (0.0009, 0.0006, 0.9)):
+        device = Device(host, lambda number: step)
+        monkeypatch.setattr(rivals, "time", device)
+        found = rivals.timed(rivals.Steps(device.begin, overlap=True), 0.5)
+        assert found == pytest.approx([expected] * len(found)) and 20 <= len(found) <= 25  # groups of 20 ms
+        assert device.read == list(range(device.begun))  # every loss, in order
+        assert device.idle == pytest.approx(host if host < step else device.begun * host - (device.begun - 1) * step)
+
+
+def test_steps_in_flight_that_finish_in_bunches_are_not_taken_for_fast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(0.0001, lambda number: 0.0011 if number % 2 else 0.0001)
+    monkeypatch.setattr(rivals, "time", device)
+    assert rivals.timed(rivals.Steps(device.begin, overlap=True), 0.5) == pytest.approx([0.6] * 24, rel=0.03)
+
+
+def test_steps_on_a_processor_are_timed_one_by_one_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(0.0003, lambda number: 0.0006 + 0.0001 * (number % 2))
+    monkeypatch.setattr(rivals, "time", device)
+    found = rivals.timed(rivals.Steps(device.begin), 0.01)
+    assert found == pytest.approx([0.9, 1.0] * 5 + [0.9], rel=1e-6) or found == pytest.approx([0.9, 1.0] * 5 + [0.9, 1.0])
+    assert device.read == list(range(device.begun))
 
 
 def test_unknown_rivals_are_refused(tinygpt: CommandLine) -> None:
@@ -162,6 +214,10 @@ def test_a_product_alone_is_timed_beside_the_peak(tinygpt: CommandLine, target: 
         assert row["engine"] == "".join(engine[1:])
         assert row["gflops"] == pytest.approx(2 * row["matmul"] ** 3 / row["ms"] / 1e6, rel=0.05)
         assert row["peak_gflops"] > 0
+
+
+def test_a_product_alone_is_not_timed_on_a_gpu(tinygpt: CommandLine) -> None:
+    assert "not timed on target wgsl" in tinygpt.refused("bench", "--matmul", "64", "--target", "wgsl")
 
 
 @pytest.mark.parametrize("target", ["cpp", "wasm32", "wasm64"])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from tinygpt.runtime import gpu
 from tinygpt.runtime.bundle import Bundle
 from tinygpt.runtime.engine import local_device
 from tinygpt.runtime.errors import UserError
+from tinygpt.runtime.training import train
 from tinygpt.targets.wgsl.profiles import DEFAULT, LIMITS
 
 
@@ -88,6 +93,112 @@ def test_two_runs_give_the_same_bits(bundle: Bundle) -> None:
             return [session.train_step(rng.integers(0, 256, shape), rng.integers(0, 256, shape), lr=1e-3)[0] for _ in range(3)]
 
     assert curve() == curve()
+
+
+def test_waiting_for_a_run_does_not_wait_for_later_ones(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        session.train_step(tokens, targets)
+        waits = [session.begin_step(tokens, targets) for _ in range(20)]
+        began = time.perf_counter()
+        waits[0]()
+        first = time.perf_counter() - began
+        waits[-1]()
+        assert first < (time.perf_counter() - began) / 2
+
+
+def test_a_training_step_is_one_submission_with_its_windows(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    with bundle.session(seed=1) as session:
+        queue = session.engine._queue
+        submit = queue.submit
+        monkeypatch.setattr(queue, "submit", lambda commands: made.append(commands.label) or submit(commands))
+        train(session, CORPUS, 10)
+    step = "windows and train_step"  # the first two steps need theirs before, the last two none
+    assert made == ["windows", "windows", *[step] * 8, "train_step", "train_step"]
+
+
+def test_a_write_where_a_held_run_reads_comes_after_it(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        wanted = [session.windows(step, 1000) for step in range(3)]
+        assert not np.array_equal(wanted[0], wanted[1])
+        waits = [session.begin_windows(step, 1000) for step in range(3)]
+        assert all(np.array_equal(wait(), offsets) for wait, offsets in zip(waits, wanted, strict=True))
+        held = session.begin_windows(1, 1000)
+        step = next(slot for slot in bundle.manifest.functions["windows"].inputs if slot.name == "step")
+        session.engine.write(step, np.array(2, np.uint32))
+        assert session.engine.read(step) == 2
+        assert np.array_equal(held(), wanted[1])
+
+
+def test_a_function_may_be_begun_together_with_itself(bundle: Bundle) -> None:
+    loss = next(slot for slot in bundle.manifest.functions["train_step"].outputs if slot.name == "loss")
+    with bundle.session(seed=1) as session, bundle.session(seed=1) as other:
+        for opened in (session, other):
+            opened.train_step(*batches(opened, 1)[0])
+        wanted = []
+        for _ in range(2):  # the same batch again
+            other.engine.run("train_step")
+            wanted.append(other.engine.read(loss))
+        waits = [session.engine.begin_with_next("train_step"), session.engine.begin("train_step")]
+        assert [wait(loss) for wait in waits] == wanted and wanted[0] != wanted[1]
+
+
+def test_results_that_nobody_reads_take_no_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    readable = gpu.GpuEngine._readable
+
+    def counted(engine: gpu.GpuEngine, label: str, size: int) -> Any:
+        made.append(label)
+        return readable(engine, label, size)
+
+    monkeypatch.setattr(gpu.GpuEngine, "_readable", counted)
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        for number in range(300):
+            session.begin_windows(number, 100)
+            session.engine.run("windows")
+            if number % 20 == 0:
+                session.begin_step(tokens, targets)
+            if number % 50 == 0:
+                assert session.begin_windows(number, 100)().max() < 100
+        assert np.isfinite(session.train_step(tokens, targets)).all()
+    assert max(Counter(made).values()) <= 3  # the last run's, the next one's, and one that is still held
+
+
+class Interrupted:
+    """A device on which Ctrl-C is pressed as soon as something waits for it."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+
+    @property
+    def _internal(self) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return self._device._internal
+
+
+def test_ctrl_c_while_a_result_is_awaited_leaves_the_engine_whole(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session, bundle.session(seed=1) as other:
+        given = batches(other, 3)
+        wanted = [other.train_step(*batch) for batch in given]
+        queue = session.engine._queue
+        first = session.begin_step(*given[0])
+        device, queue._device = queue._device, Interrupted(queue._device)
+        with pytest.raises(KeyboardInterrupt):
+            first()
+        queue._device = device
+        assert first() == wanted[0]
+        assert [session.train_step(*batch) for batch in given[1:]] == wanted[1:]
+
+
+def test_a_lost_device_is_an_error_and_not_the_end_of_the_process(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        wait = session.begin_step(tokens, targets)
+        session.engine._device.destroy()
+        with pytest.raises(UserError, match="the GPU's driver stopped"):
+            wait()
 
 
 def test_a_profile_times_every_launch_on_the_device(bundle: Bundle) -> None:

@@ -2,7 +2,8 @@
 beside the FMA peak.
 
 Each contestant has a process of its own, so that thread pools do not fight, and waits while the others are timed. What
-counts is the best step of all rounds: a busy machine makes steps slower, never faster."""
+counts is the best step of all rounds, on a GPU the best group of steps, which overlap with the host as in training: a busy
+machine makes steps slower, never faster."""
 
 from __future__ import annotations
 
@@ -146,7 +147,10 @@ def bench(
 def bench_product(
     size: int, device: Target, caps: Caps, threads: int, *, engine: str = "", rounds: int = 5, seconds: float = 1.0
 ) -> ProductResult:
-    """Time one product of two square matrices, lowered by the passes that every model goes through."""
+    """Time one product of two square matrices, lowered by the passes that every model goes through. Raises UserError for a
+    GPU, where a run of one kernel is mostly waiting for it."""
+    if caps.strategy != "cpu":
+        raise UserError(f"--matmul: a product alone is not timed on target {device.name}", hint="tinygpt profile BUNDLE times the kernels of a model there")
     with contextlib.ExitStack() as stack:
         made = one_kernel.product(_folder(stack) / "product", size, device, caps)
         ours = _in_engine(OURS, _kernel_spec(made, threads), device, engine, stack)
@@ -295,7 +299,7 @@ class Contestant:
         return str(self._ask(spec).get("unavailable", ""))
 
     def turn(self, seconds: float) -> float:
-        """Time steps for so long; milliseconds of the best."""
+        """Time steps for so long; milliseconds of the best one, on a GPU those a step of the best group."""
         return float(min(self._ask({"seconds": seconds})["ms"]))
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:

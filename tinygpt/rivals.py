@@ -5,7 +5,11 @@ one batch.
 
 The first request says what to build ({"name", "config", "batch", "context", "threads", "training", "bundle"}) and is
 answered by {"ready": true} or {"unavailable": why}; then {"seconds": S} by {"ms": [each step]}. For {"name": "function",
-"function", "bundle", "threads"} a step is a run of that function of the bundle. rival.mjs does the same in Node."""
+"function", "bundle", "threads"} a step is a run of that function of the bundle. rival.mjs does the same in Node.
+
+On a processor a step is timed from its call to its loss. On a GPU, steps are timed as training runs them: one is in flight
+while the next is begun, and the loss of each is read, one step late. There "each step" is the mean of a group of steps,
+long enough for what differs from one to the next to even out."""
 
 from __future__ import annotations
 
@@ -13,18 +17,32 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tinygpt.config import ModelConfig
 
-Step = Callable[[], float]  # one training step; returns the loss, so that nothing can be left undone
-Build = Callable[[Mapping[str, Any]], Step]
+Wait = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a contestant does again and again: `begin` begins a training step, and what it returns waits for that step's
+    loss, so that nothing can be left undone. `overlap` says that a step runs beside the host, which may begin the next."""
+
+    begin: Callable[[], Wait]
+    overlap: bool = False
+
+
+Build = Callable[[Mapping[str, Any]], Steps]
 
 _WARM_UP = 3
-_FEWEST_STEPS = 3
+_FEWEST_SAMPLES = 3
+_GROUP = 0.02  # seconds of steps in flight at least behind a number: a single difference of two losses' times is chance
 
 
 class UnavailableError(Exception):
@@ -39,17 +57,23 @@ def batch(spec: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, targets
 
 
-def ours(spec: Mapping[str, Any]) -> Step:
-    """`session.train_step` on a compiled bundle: checks, copies and the Python call included."""
+def ours(spec: Mapping[str, Any]) -> Steps:
+    """`session.begin_step` on a compiled bundle: checks, copies and the Python call included."""
     from tinygpt.runtime.bundle import load
 
     session = load(spec["bundle"]).session(threads=spec["threads"])
     tokens, targets = batch(spec)
-    return lambda: session.train_step(tokens, targets)[0]
+
+    def begin() -> Wait:
+        wait = session.begin_step(tokens, targets)
+        return lambda: wait()[0]
+
+    return Steps(begin, session.overlaps)
 
 
-def function(spec: Mapping[str, Any]) -> Step:
-    """One function of a bundle by itself, its inputs written once: halves, with which nothing grows or vanishes."""
+def function(spec: Mapping[str, Any]) -> Steps:
+    """One function of a bundle by itself, its inputs written once: halves, with which nothing grows or vanishes. The
+    engine is one whose runs end before `run` returns."""
     from tinygpt.runtime.bundle import load
     from tinygpt.runtime.engine import open_engine
 
@@ -59,14 +83,14 @@ def function(spec: Mapping[str, Any]) -> Step:
     for slot in entry.inputs:
         engine.write(slot, np.full(slot.shape, 0.5, slot.numpy_dtype))
 
-    def step() -> float:
+    def begin() -> Wait:
         engine.run(entry.name)
-        return 0.0
+        return lambda: 0.0
 
-    return step
+    return Steps(begin)
 
 
-def torch_step(spec: Mapping[str, Any], compile: bool = False, device: str = "cpu", graph: bool = False) -> Step:
+def torch_step(spec: Mapping[str, Any], compile: bool = False, device: str = "cpu", graph: bool = False) -> Steps:
     """The reference model with what PyTorch has that is fast: fused AdamW, foreach clipping. On CUDA, float32 is
     computed without TF32, and `graph` makes the whole step one CUDA graph, which has no launch cost."""
     try:
@@ -100,8 +124,24 @@ def torch_step(spec: Mapping[str, Any], compile: bool = False, device: str = "cp
         optimizer.step()
         return loss
 
+    if device != "cuda":
+        return Steps(lambda: work().item)
+
+    def begin(launch: Callable[[], Any]) -> Wait:
+        """The loss goes to the host behind the step, before a later one overwrites it; `item()` would wait for that too."""
+        loss = launch()
+        kept = torch.empty((), pin_memory=True).copy_(loss.detach(), non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+
+        def wait() -> float:
+            done.synchronize()
+            return float(kept)
+
+        return wait
+
     if not graph:
-        return lambda: float(work().item())
+        return Steps(lambda: begin(work), overlap=True)
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # a graph is captured behind a few runs on a stream of their own
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -112,14 +152,14 @@ def torch_step(spec: Mapping[str, Any], compile: bool = False, device: str = "cp
     with torch.cuda.graph(captured):
         loss = work()
 
-    def replay() -> float:
+    def replay() -> Any:
         captured.replay()
-        return float(loss.item())
+        return loss
 
-    return replay
+    return Steps(lambda: begin(replay), overlap=True)
 
 
-def jax_step(spec: Mapping[str, Any]) -> Step:
+def jax_step(spec: Mapping[str, Any]) -> Steps:
     """The same model as one jitted function of JAX, state donated; as many processors as threads."""
     if hasattr(os, "sched_setaffinity"):  # XLA has no other way to be told
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["threads"]])
@@ -135,12 +175,12 @@ def jax_step(spec: Mapping[str, Any]) -> Step:
     step_function = jax.jit(lambda state: train_step(state, tokens, targets, config, training), donate_argnums=0)
     state = initial_state(config)
 
-    def step() -> float:
+    def begin() -> Wait:
         nonlocal state
         state, loss = step_function(state)
-        return float(loss)
+        return lambda: float(loss)
 
-    return step
+    return Steps(begin)
 
 
 BUILDERS: dict[str, Build] = {
@@ -155,14 +195,37 @@ BUILDERS: dict[str, Build] = {
 }
 
 
-def timed(step: Step, seconds: float) -> list[float]:
-    """Milliseconds of each of as many steps as fit, at least a few."""
+def timed(steps: Steps, seconds: float) -> list[float]:
+    """Milliseconds a step, of each step or of each group of steps in flight: as many as fit, at least a few."""
+    return _in_flight(steps.begin, seconds) if steps.overlap else _one_by_one(steps.begin, seconds)
+
+
+def _one_by_one(begin: Callable[[], Wait], seconds: float) -> list[float]:
+    """Milliseconds of each step, from its call to its loss."""
     found: list[float] = []
     end = time.perf_counter() + seconds
-    while len(found) < _FEWEST_STEPS or time.perf_counter() < end:
+    while len(found) < _FEWEST_SAMPLES or time.perf_counter() < end:
         start = time.perf_counter()
-        step()
+        begin()()
         found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def _in_flight(begin: Callable[[], Wait], seconds: float) -> list[float]:
+    """Mean milliseconds between the losses of groups of steps, each step begun before the loss of the last one is read."""
+    found: list[float] = []
+    waits = deque([begin(), begin()])
+    waits.popleft()()  # from here on a step ends where its loss is read, and the next has begun
+    start = time.perf_counter()
+    end, count = start + seconds, 0
+    while len(found) < _FEWEST_SAMPLES or time.perf_counter() < end:
+        waits.append(begin())
+        waits.popleft()()
+        now, count = time.perf_counter(), count + 1
+        if now - start >= _GROUP:
+            found.append((now - start) / count * 1e3)
+            start, count = now, 0
+    waits.popleft()()
     return found
 
 
@@ -172,15 +235,15 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     spec = next(requests)
     try:
-        step = BUILDERS[spec["name"]](spec)
+        steps = BUILDERS[spec["name"]](spec)
         for _ in range(_WARM_UP):
-            step()
+            steps.begin()()
     except UnavailableError as reason:
         answers.write(json.dumps({"unavailable": str(reason)}) + "\n")
         return
     answers.write(json.dumps({"ready": True}) + "\n")
     for request in requests:
-        answers.write(json.dumps({"ms": timed(step, request["seconds"])}) + "\n")
+        answers.write(json.dumps({"ms": timed(steps, request["seconds"])}) + "\n")
 
 
 if __name__ == "__main__":

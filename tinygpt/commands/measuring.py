@@ -198,7 +198,7 @@ def _profile(args: Namespace) -> int:
 COMMANDS = (
     Command(
         "bench",
-        "time training steps beside PyTorch's and JAX's, in turns, beside the FMA peak",
+        "time training steps (on a GPU: with one in flight) beside PyTorch's and JAX's, in turns, beside the FMA peak",
         (
             "tinygpt bench tiny small medium --threads 2 --against torch,torch.compile",
             "tinygpt bench small --against torch+avx512,jax --json",
