@@ -157,7 +157,7 @@ def test_the_scale_is_a_power_of_two_for_the_number_of_tokens(tokens: int, scale
 def test_every_stage_of_a_narrow_compilation_is_checked() -> None:
     captured = small_model(n_heads=2, d_model=32, d_mlp=32, context_length=8, vocab_size=12, batch=1)
     done = lower_model(captured, device_for("wgsl", OPTIONS)[0], NARROW, check=True)
-    assert [stage.name for stage in done.stages][-3:] == ["narrow", "tile", "loops"]
+    assert [stage.name for stage in done.stages][-4:] == ["narrow", "tile", "loops", "abreast"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
