@@ -2,13 +2,13 @@
 
 Known as horizontal fusion (Li et al. 2022, "Automatic Horizontal Fusion for GPU Kernels"). A dispatch waits for the one
 before it, and few kernels of a small model fill a GPU: the gradient of a weight can be made beside that of its input,
-sums over columns beside either. The launches on the longest chain of a function keep their order; every other one joins
-one of them at which it may run and whose workgroups have as many threads. A workgroup finds by its number whose work it
-does, so that barriers stay uniform. No sum changes its order."""
+sums over columns beside either. What is needed soon keeps its order; a launch whose results are needed much later waits
+for one that leaves room on the device and whose workgroups have as many threads. A workgroup finds by its number whose
+work it does, so that barriers stay uniform. No sum changes its order."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
 from tinygpt.ir.bounds import footprints, read_by_number
@@ -20,7 +20,10 @@ from tinygpt.ir.types import DTYPE_BYTES, PointerType
 from tinygpt.lowering.passes import Pass, register
 
 WIDEST = 4  # launches that run side by side
-LATEST = 12  # steps of the chain that a launch may be put off: what it reads stays alive until then
+SOON = 6  # launches within which a result is needed soon
+LATEST = 20  # launches that one may be put off
+KEPT = 128 << 20  # bytes times launches: what a launch reads stays alive until it runs
+ROOM = 48 << 10  # threads of a launch that leaves room beside it; larger ones are joined by what has waited for long
 POINT = "g"  # the grid id of launches side by side
 
 Run = tuple[int, int]  # elements [first, end)
@@ -47,21 +50,25 @@ class Abreast(Pass):
 
 @dataclass(eq=False)
 class Work:
-    """One launch: what it touches of each buffer, how long the chains are that end and begin with it, and its step."""
+    """One launch: its number, what it touches of each buffer, how long it may wait, and in which step it runs."""
 
+    number: int
     op: Op
     kernel: Kernel
     touched: list[tuple[Value, str, list[Run]]]
     by_number: set[Value]  # buffers that it does not read and write in vectors alone
+    patience: int  # launches
     after: set[Work] = field(default_factory=set)  # what it waits for
     before: set[Work] = field(default_factory=set)  # what waits for it
-    depth: int = 1
-    height: int = 1
-    step: int = 0
+    step: int = -1
 
     @property
     def threads(self) -> int:
         return grid_points(self.kernel) * int(self.kernel.cost["threads"])
+
+    @property
+    def is_needed_soon(self) -> bool:
+        return any(v.number - self.number <= SOON for v in self.before)
 
 
 class Library:
@@ -77,41 +84,52 @@ class Library:
 
     # -- which launches run side by side
     def arranged(self, function: Function, widest: int) -> Function:
-        """The function with its launches in steps, those of a step that may be one as one."""
-        works = [self.work(op) for op in function.body.ops if op.name == "launch"]
+        """The function with those of its launches as one that run side by side."""
+        launches = [op for op in function.body.ops if op.name == "launch"]
+        works = [self.work(n, op) for n, op in enumerate(launches)]
         connect(works)
-        last = max((w.depth for w in works), default=0)
-        chain = [w for w in works if w.depth + w.height == last + 1]
-        steps: dict[int, list[list[Work]]] = {n: [] for n in range(1, last + 1)}
-        for w in chain:
-            w.step = w.depth
-            self.join(w, [w.step], steps, widest)
+        steps: list[list[Work]] = []
+        waiting: list[Work] = []
         for w in works:
-            if w.step == 0:
-                first = 1 + max((v.step for v in w.after), default=0)
-                w.step = first
-                self.join(w, range(first, min(last - w.height + 1, first + LATEST) + 1), steps, widest)
-        launches = [self.launch(group) for n in steps for group in steps[n]]
+            for v in [v for v in waiting if v in w.after or w.number - v.number > v.patience]:
+                if v in waiting:
+                    waiting.remove(v)
+                    self.run(v, steps, waiting, widest)
+            if w.is_needed_soon or not w.patience:
+                self.run(w, steps, waiting, widest)
+            else:
+                waiting.append(w)
+        while waiting:
+            self.run(waiting.pop(0), steps, waiting, widest)
         others = [op for op in function.body.ops if op.name != "launch"]
         made = [op for op in others if op.name == "buffer"]
-        return function.with_ops([*made, *launches, *(op for op in others if op.name != "buffer")])
+        return function.with_ops([*made, *map(self.launch, steps), *(op for op in others if op.name != "buffer")])
 
-    def work(self, op: Op) -> Work:
+    def work(self, number: int, op: Op) -> Work:
         kernel = self.kernels[op.attrs["kernel"]]
         if kernel.name not in self.footprints:
             self.footprints[kernel.name], self.by_number[kernel.name] = footprints(kernel), read_by_number(kernel)
         runs = [[(a + start, b + start) for a, b in found] for found, start in zip(self.footprints[kernel.name], op.attrs["offsets"], strict=True)]
         numbers = {v for v, p in zip(op.operands, kernel.params, strict=True) if p in self.by_number[kernel.name]}
-        return Work(op, kernel, list(zip(op.operands, kernel.access, runs, strict=True)), numbers)
+        read = sum(v.type.bytes for v in {v for v, access in zip(op.operands, kernel.access, strict=True) if access == "in"} - self.weights)
+        return Work(number, op, kernel, list(zip(op.operands, kernel.access, runs, strict=True)), numbers, min(LATEST, KEPT // max(1, read)))
 
-    def join(self, w: Work, allowed: Iterable[int], steps: Mapping[int, list[list[Work]]], widest: int) -> None:
-        """Put a launch beside others of a step: of those it may join, the ones that leave most of a device idle."""
-        found = [(sum(v.threads for v in group), n, group) for n in allowed for group in steps[n] if len(group) < widest and self.together([*group, w])]
-        if found:
-            _, w.step, group = min(found, key=lambda x: x[:2])
-            group.append(w)
+    def run(self, w: Work, steps: list[list[Work]], waiting: list[Work], widest: int) -> None:
+        """Run a launch after all that run already, or beside the last of them, and beside it what has waited for that."""
+        last = len(steps) - 1
+        if steps and len(steps[-1]) < widest and all(v.step < last for v in w.after) and self.together([*steps[-1], w]):
+            group = steps[-1]
         else:
-            steps[w.step].append([w])
+            group, last = [], last + 1
+            steps.append(group)
+        group.append(w)
+        w.step = last
+        for v in list(waiting):
+            has_room = sum(u.threads for u in group) < ROOM or 2 * (w.number - v.number) > v.patience
+            if has_room and len(group) < widest and all(0 <= u.step < last for u in v.after) and self.together([*group, v]):
+                waiting.remove(v)
+                group.append(v)
+                v.step = last
 
     def together(self, group: Sequence[Work]) -> bool:
         """Whether launches may be one: independent, with workgroups of one size, and within a device's limits."""
@@ -181,7 +199,7 @@ class Sides:
 
 
 def connect(works: Sequence[Work]) -> None:
-    """Find out which launches wait for which, and how long the chains are."""
+    """Find out which launches wait for which."""
     touching: dict[Value, list[Work]] = {}
     for w in works:
         for v, _, _ in w.touched:
@@ -190,10 +208,6 @@ def connect(works: Sequence[Work]) -> None:
                     w.after.add(earlier)
                     earlier.before.add(w)
             touching[v].append(w)
-    for w in works:
-        w.depth = 1 + max((v.depth for v in w.after), default=0)
-    for w in reversed(works):
-        w.height = 1 + max((v.height for v in w.before), default=0)
 
 
 def conflict(a: Work, b: Work) -> bool:

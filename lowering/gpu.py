@@ -108,7 +108,7 @@ class GpuLowering(DotLowering):
         for number, op in enumerate(ops):
             match op.name:
                 case "dot":
-                    self.dot(op)
+                    self.dot(op, self.next_product(ops[number + 1 :]))
                     if self.layout.groups > 1:
                         self.when([(self.layout.group, 1)], lambda: self.block(ops[number + 1 :]))
                         return
@@ -126,6 +126,11 @@ class GpuLowering(DotLowering):
                 case _:
                     if op.name not in STRUCTURAL and self.is_placed(op.result) and not self.is_long(op.result):
                         self.keep(op.result)
+
+    def next_product(self, ops: Sequence[Op]) -> Op | None:
+        """The product that comes next, if nothing before it changes what it reads."""
+        found = next((op for op in ops if op.name in ("dot", "for", "bind", "store")), None)
+        return found if found is not None and found.name == "dot" else None
 
     def keep(self, value: Value) -> None:
         """Compute a thread's elements of a value now."""

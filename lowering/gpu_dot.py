@@ -15,11 +15,12 @@ where rows do not halve, the first gets all sums and goes on alone."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import gcd
 
-from tinygpt.ir.core import Op, Value
+from tinygpt.ir.caps import Caps
+from tinygpt.ir.core import Kernel, Op, Value
 from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.types import Dim, ScalarType, VectorType
 from tinygpt.lowering.gpu_memory import Piece, WorkgroupLowering
@@ -33,23 +34,30 @@ UNROLLED_COPIES = 4  # vectors of a slice a thread copies without a loop
 
 
 @dataclass(frozen=True)
-class Staged:
-    """An operand in workgroup memory: element (k, x) at k*pitch + x, but for lines that are rotated, by `turn` vectors
-    more for each four of k. `whole`: all of the contraction, not a slice."""
+class Operand:
+    """How an operand lies in workgroup memory, in vectors of `lanes`: element (k, x) at k*pitch + x, but for lines that are
+    rotated, by `turn` vectors more for each four of k. `whole`: all of the contraction, not a slice."""
 
     value: Value
-    piece: Piece
     pitch: int
+    lanes: int
     dim: Dim  # the axis that is not contracted
     axis: int  # which axis of the operand that is
     whole: bool
-    turn: int = 0
+    turn: int
 
     def at(self, k: Index, x: Index) -> Index:
         """Where element (k, x) lies."""
         if not self.turn:
             return k * self.pitch + x
         return k * self.pitch + (x // WIDTH + k // WIDTH * self.turn) % (self.pitch // WIDTH) * WIDTH
+
+
+@dataclass(frozen=True)
+class Staged(Operand):
+    """An operand that has memory."""
+
+    piece: Piece
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,16 @@ class Copy:
 class DotLowering(WorkgroupLowering):
     """Lowers products."""
 
-    def dot(self, op: Op) -> None:
-        """acc + a @ b into the register block of the result."""
+    def __init__(self, kernel: Kernel, caps: Caps) -> None:
+        super().__init__(kernel, caps)
+        self.early: dict[tuple[Op, int], list[Value]] = {}  # by product and operand: a first slice that is fetched already
+
+    def dot(self, op: Op, then: Op | None = None) -> None:
+        """acc + a @ b into the register block of the result. While threads work on it, what the product that comes `then`
+        needs first is on its way from memory."""
         acc, a, b = op.operands
         (rows, inner), cols = a.type.dims, b.type.cols
-        depth = slice_depth(self.kernel.order.get("slice", self.kernel.cost.get("slice", SLICE)), inner)
+        depth = self.depth(inner)
         slices = ceil_div(inner.size, depth)
         left = self.operand(a, 0, rows, depth, slices)
         right = self.operand(b, 1, cols, depth, slices)
@@ -87,10 +100,11 @@ class DotLowering(WorkgroupLowering):
         keys = self.keys(op.result.type)
         starts = [self.vector(acc, key) for key in keys]
         streamed = [operand for operand in (left, right) if not operand.whole]
-        ahead = [operand for operand in streamed if slices > 1 and self.can_fetch_ahead(operand, depth)]
-
-        def fetched(s: Index) -> list[Value]:
-            return [x for operand in ahead for x in self.fetch(operand, inner, s * depth, depth)]
+        early = {operand.axis: self.early.pop((op, operand.axis)) for operand in streamed if (op, operand.axis) in self.early}
+        ahead = [operand for operand in streamed if self.can_fetch_ahead(operand, depth)]
+        firsts = [x for operand in ahead for x in early.get(operand.axis) or self.fetch(operand, inner, Index.of(0), depth)]
+        if then is not None:
+            self.fetch_early(then)
 
         def one(s: Index, *carried: Value) -> Sequence[Value]:
             sums, mine = carried[: len(keys)], list(carried[len(keys) :])
@@ -100,11 +114,11 @@ class DotLowering(WorkgroupLowering):
                 else:
                     self.stage(operand, inner, s * depth, depth)
             self.will_read(left.piece, right.piece)
-            following = fetched(Index.minimum(s + 1, slices - 1))
-            firsts = [s * depth if operand.whole else Index.of(0) for operand in (left, right)]
-            return [*self.products(left, right, firsts, depth, sums), *following]
+            following = [x for operand in ahead for x in self.fetch(operand, inner, Index.minimum(s + 1, slices - 1) * depth, depth)] if slices > 1 else firsts
+            begins = [s * depth if operand.whole else Index.of(0) for operand in (left, right)]
+            return [*self.products(left, right, begins, depth, sums), *following]
 
-        results = self.loop(0, slices, 1, one, [*starts, *fetched(Index.of(0))], stem="s")
+        results = self.loop(0, slices, 1, one, [*starts, *firsts], stem="s")
         self.release(left.piece, right.piece)
         sums = dict(zip(keys, results, strict=False))
         if self.layout.groups == 2 and self.layout.rows(rows) % (2 * WIDTH) == 0:
@@ -112,16 +126,36 @@ class DotLowering(WorkgroupLowering):
         else:
             self.registers[op.result] = dict(zip(keys, self.across_groups(list(sums.values())), strict=True))
 
-    def operand(self, value: Value, axis: int, dim: Dim, depth: int, slices: int) -> Staged:
-        """Take workgroup memory for an operand whose axis `dim` is not contracted."""
+    def depth(self, inner: Dim) -> int:
+        """How much of a contraction is staged at a time: a multiple of four where it is longer than that."""
+        wanted = self.kernel.order.get("slice", self.kernel.cost.get("slice", SLICE))
+        return min(int(wanted), -(-inner.size // WIDTH) * WIDTH)
+
+    def fetch_early(self, op: Op) -> None:
+        """Fetch the first slices of a product's operands from memory, if they fit registers until it is its turn."""
+        _, a, b = op.operands
+        (rows, inner), cols = a.type.dims, b.type.cols
+        depth = self.depth(inner)
+        for axis, (value, dim) in enumerate(((a, rows), (b, cols))):
+            operand = self.described(value, axis, dim, depth)
+            if not operand.whole and self.can_fetch_ahead(operand, depth):
+                self.early[op, axis] = self.fetch(operand, inner, Index.of(0), depth)
+
+    def described(self, value: Value, axis: int, dim: Dim, depth: int) -> Operand:
+        """How an operand whose axis `dim` is not contracted is to lie in workgroup memory."""
         whole = self.is_placed(value)
         if axis == 0:
             pitch, lanes = self.layout.padded_rows(dim), WIDTH if self.layout.grouped(dim) else 1
         else:
             pitch, lanes = self.layout.padded_cols(dim), self.layout.width(dim)
-        piece = self.piece(depth * (slices if whole else 1) * pitch, lanes, "left" if axis == 0 else "right")
         turned = not whole and self.is_turned(value, lanes, axis, depth)
-        return Staged(value, piece, pitch, dim, axis, whole, max(1, BANKS * WIDTH // depth) if turned else 0)
+        return Operand(value, pitch, lanes, dim, axis, whole, max(1, BANKS * WIDTH // depth) if turned else 0)
+
+    def operand(self, value: Value, axis: int, dim: Dim, depth: int, slices: int) -> Staged:
+        """Take workgroup memory for an operand."""
+        found = self.described(value, axis, dim, depth)
+        piece = self.piece(depth * (slices if found.whole else 1) * found.pitch, found.lanes, "left" if axis == 0 else "right")
+        return Staged(**{field.name: getattr(found, field.name) for field in fields(found)}, piece=piece)
 
     def by_halves(self, sums: Mapping[Key, Value]) -> dict[Key, Value]:
         """The sums of both groups, half of the rows in each: the groups exchange the other half. From here on they are one
@@ -184,7 +218,7 @@ class DotLowering(WorkgroupLowering):
             self.write_right(to, inner, extent)
 
     def write_left(self, to: Staged, inner: Dim, extent: int) -> None:
-        lanes = to.piece.lanes
+        lanes = to.lanes
         width = self.layout.width(inner)
         for v in range(ceil_div(extent, self.layout.threads_x * width)):
             k = self.layout.col(inner, v)
@@ -224,21 +258,21 @@ class DotLowering(WorkgroupLowering):
         inner = value.type.dims[1 - axis]
         return lanes == WIDTH and self.contiguous_axis(value) != axis and self.layout.width(inner) == WIDTH and depth % WIDTH == 0
 
-    def copy(self, to: Staged, depth: int) -> Copy:
+    def copy(self, to: Operand, depth: int) -> Copy:
         """How a slice is dealt to the threads."""
-        return Copy(to.turn > 0, to.pitch // to.piece.lanes, depth // WIDTH if to.turn else depth)
+        return Copy(to.turn > 0, to.pitch // to.lanes, depth // WIDTH if to.turn else depth)
 
     def units(self, copy: Copy) -> list[tuple[Index, bool]]:
         """The units of a slice that a thread copies, and for each whether some threads have none."""
         threads = self.layout.threads
         return [(Index.variable("thread") + first, copy.units - first < threads) for first in range(0, copy.units, threads)]
 
-    def can_fetch_ahead(self, to: Staged, depth: int) -> bool:
+    def can_fetch_ahead(self, to: Operand, depth: int) -> bool:
         """Whether a thread's part of the next slice fits registers while it works on this one."""
         copy = self.copy(to, depth)
         return len(self.units(copy)) * (WIDTH if copy.turned else 1) <= FETCHED_AHEAD
 
-    def fetch(self, to: Staged, inner: Dim, first: Index, depth: int) -> list[Value]:
+    def fetch(self, to: Operand, inner: Dim, first: Index, depth: int) -> list[Value]:
         """Compute the thread's part of a slice: elements `first` to `first + depth` of the contraction."""
         copy = self.copy(to, depth)
         return [x for unit, _ in self.units(copy) for x in self.unit_elements(to, copy, inner, first, unit)]
@@ -273,9 +307,9 @@ class DotLowering(WorkgroupLowering):
             unit = Index.variable("thread") + whole * threads
             self.when([(unit, Index.of(copy.units))], lambda: self.limited(rest - 1, lambda: move(unit)))
 
-    def unit_elements(self, to: Staged, copy: Copy, inner: Dim, first: Index, unit: Index) -> list[Value]:
+    def unit_elements(self, to: Operand, copy: Copy, inner: Dim, first: Index, unit: Index) -> list[Value]:
         """One vector of a slice, or the four along the contraction of a square."""
-        lanes, (line, column) = to.piece.lanes, copy.place(unit)
+        lanes, (line, column) = to.lanes, copy.place(unit)
         x, k = column * lanes, line * (WIDTH if copy.turned else 1)
         axis, width = (1 - to.axis, WIDTH) if copy.turned else (to.axis, lanes)
         found = []
@@ -287,7 +321,7 @@ class DotLowering(WorkgroupLowering):
 
     def write_unit(self, to: Staged, copy: Copy, unit: Index, elements: Sequence[Value]) -> None:
         line, column = copy.place(unit)
-        x = column * to.piece.lanes
+        x = column * to.lanes
         if not copy.turned:
             self.b.store(to.piece.pointer, elements[0], to.at(line, x))
             return
@@ -316,7 +350,7 @@ class DotLowering(WorkgroupLowering):
             for k in (trip * unroll + u for u in range(unroll)):
                 column = self.left_column(left, firsts[0] + k, rows)
                 row = [
-                    self.b.load(right.piece.pointer, right.at(firsts[1] + k, self.layout.col(right.dim, v)), right.piece.lanes, hint="y")
+                    self.b.load(right.piece.pointer, right.at(firsts[1] + k, self.layout.col(right.dim, v)), right.lanes, hint="y")
                     for v in range(vectors)
                 ]
                 now = [self.b.primitive("fma", [column[n // vectors], row[n % vectors], total]) for n, total in enumerate(now)]
@@ -326,14 +360,9 @@ class DotLowering(WorkgroupLowering):
 
     def left_column(self, left: Staged, k: Index, rows: int) -> list[Value]:
         """The thread's rows of the left operand at one k."""
-        lanes = left.piece.lanes
+        lanes = left.lanes
         found: list[Value] = []
         for r in range(0, rows, lanes):
             x = self.b.load(left.piece.pointer, left.at(k, self.layout.row(left.dim, r)), lanes, hint="x")
             found += [self.b.extract(x, n) for n in range(lanes)]
         return found
-
-
-def slice_depth(wanted: int, inner: Dim) -> int:
-    """How much of the contraction is staged at a time: a multiple of four where the contraction is longer than that."""
-    return min(wanted, -(-inner.size // WIDTH) * WIDTH)
