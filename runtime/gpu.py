@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -220,11 +221,21 @@ class GpuEngine:
         if is_first:
             self._sequences[functions] = self._sequence(functions)
         sequence = self._sequences[functions]
-        commands, results = sequence.ahead or self._recorded(functions, sequence)
-        sequence.ahead = None
-        submission.submitted(self._queue, self._queue.submit(commands), results, sequence)
-        if not is_first:
-            sequence.ahead = self._recorded(functions, sequence)
+        with self._in_words(f"run {' and '.join(functions)}"):
+            commands, results = sequence.ahead or self._recorded(functions, sequence)
+            sequence.ahead = None
+            submission.submitted(self._queue, self._queue.submit(commands), results, sequence)
+            if not is_first:
+                sequence.ahead = self._recorded(functions, sequence)
+
+    @contextmanager
+    def _in_words(self, act: str) -> Iterator[None]:
+        """What wgpu raises becomes an error that says what was to be done."""
+        try:
+            yield
+        except self._wgpu.GPUError as error:
+            what = f"bundle {self._folder}: the GPU's driver cannot {act}: {error}"
+            raise UserError(what, hint="start again, or go on from the last checkpoint") from error
 
     def _sequence(self, functions: tuple[str, ...]) -> _Sequence:
         most = max(_SMALL_RESULT, 4 * self._manifest.batch)  # where batches begin fits, whatever the batch
@@ -254,11 +265,12 @@ class GpuEngine:
 
     def _content(self, buffer: Any, offset: int, size: int) -> bytearray:
         """A part of a buffer, after all that was begun."""
-        copy = self._readable("copy", size)
-        encoder = self._device.create_command_encoder(label="copy")
-        encoder.copy_buffer_to_buffer(buffer, offset, copy, 0, size)
-        content = self._queue.content(copy, self._queue.submit(encoder.finish()))
-        copy.destroy()
+        with self._in_words("read its memory"):
+            copy = self._readable("copy", size)
+            encoder = self._device.create_command_encoder(label="copy")
+            encoder.copy_buffer_to_buffer(buffer, offset, copy, 0, size)
+            content = self._queue.content(copy, self._queue.submit(encoder.finish()))
+            copy.destroy()
         return content
 
     def where(self) -> str:

@@ -201,6 +201,16 @@ def test_a_lost_device_is_an_error_and_not_the_end_of_the_process(bundle: Bundle
             wait()
 
 
+@pytest.mark.parametrize("act", ["step", "windows", "weights"])
+def test_whatever_is_asked_of_a_lost_device_is_refused_in_words(bundle: Bundle, act: str) -> None:
+    with bundle.session(seed=5) as session:
+        ((tokens, targets),) = batches(session, 1)
+        session.train_step(tokens, targets)
+        session.engine._device.destroy()
+        with pytest.raises(UserError, match="GPU's driver"):
+            {"step": lambda: session.train_step(tokens, targets), "windows": lambda: session.windows(1, 100), "weights": session.parameters}[act]()
+
+
 def test_a_profile_times_every_launch_on_the_device(bundle: Bundle) -> None:
     with bundle.session() as session:
         found = profile(session, {}, runs=3)
