@@ -247,10 +247,8 @@ def side_by_side(
         below = {"left": Index.variable(POINT), "compare": "lt", "right": Index.of(start)}
         ops = (Op("if", (), (), below, (Region((), own), Region((), ops))),)
     threads = kernels[0].cost["threads"]
-    return Kernel(
-        name, Region(tuple(params), ops), tuple(access), {POINT: first}, cost={"threads": threads, "extents": tuple(extents)}, level="loop",
-        of=" | ".join(k.of for k in kernels),
-    )  # fmt: skip
+    cost = {"threads": threads, "extents": tuple(extents), "sides": tuple(k.name for k in kernels)}
+    return Kernel(name, Region(tuple(params), ops), tuple(access), {POINT: first}, cost=cost, level="loop", of=" | ".join(k.of for k in kernels))
 
 
 def section(number: int, kernel: Kernel, first: int, params: Sequence[Value], shifts: Sequence[int]) -> tuple[Op, ...]:

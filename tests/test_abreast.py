@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from tests.lowered import passes_until, random_buffers, run_tiled, small_model
 from tests.test_random_tiles import THOROUGH
 from tests.tile_programs import tile_programs
+from tinygpt.compiler import compile, kernel_hash, module_for
 from tinygpt.compiler import lower as compiled
-from tinygpt.compiler import module_for
 from tinygpt.ir.bounds import footprints, unproved_accesses
 from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Kernel, Module, Op, Parameter, Region, Value
@@ -27,6 +28,8 @@ from tinygpt.ir.verify import verify
 from tinygpt.lowering import gpu
 from tinygpt.lowering.abreast import WIDEST, Abreast, shared_bytes
 from tinygpt.presets import PRESETS
+from tinygpt.profiling import flops_by_hash
+from tinygpt.regeneration import product_flops, regenerate
 from tinygpt.targets import target
 from tinygpt.targets.wgsl.profiles import DEFAULT, F16
 
@@ -245,4 +248,18 @@ def test_a_bundle_says_what_runs_side_by_side() -> None:
     device = target("wgsl")
     done = compiled(module_for("tiny"), device, DEFAULT)
     joined = [k for k in done.plan.kernels.values() if " | " in k.of]
-    assert joined and all(f"of      {k.of}" in " ".join(device.emit(done.plan, {}, DEFAULT, False)[f"kernels/{k.name}.wgsl"].split("//   ")) for k in joined)
+    assert joined and all(f"of      {k.of}" in device.emit(done.plan, {}, DEFAULT, False)[f"kernels/{k.name}.wgsl"] for k in joined)
+    for kernel in joined:
+        renamed = replace(kernel, cost={**kernel.cost, "sides": tuple(f"k9{name}" for name in kernel.cost["sides"])})
+        assert kernel_hash(renamed) == kernel_hash(kernel)
+
+
+def test_the_operations_of_a_step_are_those_of_its_launches_apart(tmp_path: Path) -> None:
+    """`tinygpt profile` knows how many operations a launch does, also of several kernels."""
+    compile("tiny", "wgsl", out=tmp_path)
+    regenerated = regenerate(tmp_path)
+    known, done = flops_by_hash(regenerated), regenerated.compilation
+    apart = next(stage.module for stage in done.stages if stage.name == "loops")
+    tiles = next(stage.module.kernels for stage in done.stages if stage.level == "tile")
+    expected = sum(product_flops(tiles[op.attrs["kernel"]]) for op in launches(apart, "train_step"))
+    assert sum(known[kernel_hash(done.plan.kernels[launch.kernel])] for launch in done.plan.entries["train_step"].launches) == expected > 0

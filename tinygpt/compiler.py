@@ -164,8 +164,9 @@ def _slot(name: str, buffer: Buffer) -> dict[str, Any]:
 
 
 def kernel_hash(kernel: Kernel) -> str:
-    """A short hash of what a kernel does, whatever it is called, by which `regen` tells what changed."""
-    return hashlib.sha256(print_kernel(replace(kernel, name="kernel")).encode()).hexdigest()[:16]
+    """A short hash of what a kernel does, by which `regen` tells what changed: whatever it is called, and what it is made of."""
+    cost = {key: value for key, value in kernel.cost.items() if key != "sides"}
+    return hashlib.sha256(print_kernel(replace(kernel, name="kernel", cost=cost)).encode()).hexdigest()[:16]
 
 
 def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> None:

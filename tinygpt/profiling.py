@@ -78,4 +78,5 @@ def flops_by_hash(regenerated: Regenerated) -> dict[str, int]:
     """Operations of each kernel of a bundle, by its hash; those the passes would write otherwise now are not known."""
     tiles = next((stage.module.kernels for stage in regenerated.compilation.stages if stage.level == "tile"), {})
     hashes = {name: str(record["hash"]) for name, record in regenerated.compilation.manifest["kernels"].items()}
-    return {digest: product_flops(tiles[name]) for name, digest in hashes.items() if name in tiles}
+    sides = {name: kernel.cost.get("sides", (name,)) for name, kernel in regenerated.compilation.plan.kernels.items()}
+    return {hashes[name]: sum(product_flops(tiles[side]) for side in own) for name, own in sides.items() if name in hashes and tiles.keys() >= set(own)}
