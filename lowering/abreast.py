@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
-from tinygpt.ir.bounds import footprints, read_by_number
+from tinygpt.ir.bounds import footprints, read_by_number, unproved_accesses
 from tinygpt.ir.caps import Caps
-from tinygpt.ir.core import Function, Kernel, Module, Op, Region, Rewriter, Value
+from tinygpt.ir.core import Function, Kernel, Location, Module, Op, Region, Rewriter, Value
 from tinygpt.ir.index import Index
 from tinygpt.ir.plan import grid_points
 from tinygpt.ir.types import DTYPE_BYTES, PointerType
@@ -80,6 +81,7 @@ class Library:
         self.weights = {p.value for p in module.parameters.values()}
         self.footprints: dict[str, list[list[Run]]] = {}
         self.by_number: dict[str, set[Value]] = {}
+        self.bounded: dict[str, bool] = {}
         self.made: dict[object, str] = {}
 
     # -- which launches run side by side
@@ -144,7 +146,15 @@ class Library:
         most = max(DTYPE_BYTES[v.type.dtype] * (end - start) for (v, _), (start, end) in sides.spans.items())
         if self.caps.binding_bytes and most > self.caps.binding_bytes:
             return False
-        return not self.caps.workgroup_bytes or shared_bytes(kernels) <= self.caps.workgroup_bytes
+        if self.caps.workgroup_bytes and shared_bytes(kernels) > self.caps.workgroup_bytes:
+            return False
+        return len({self.is_bounded(k) for k in kernels}) == 1
+
+    def is_bounded(self, kernel: Kernel) -> bool:
+        """Whether all accesses of a kernel are proved: it keeps what a runtime leaves out for such kernels."""
+        if kernel.name not in self.bounded:
+            self.bounded[kernel.name] = not unproved_accesses(kernel)
+        return self.bounded[kernel.name]
 
     # -- one launch of several
     def launch(self, group: Sequence[Work]) -> Op:
@@ -160,11 +170,12 @@ class Library:
         extents = tuple(end - start for start, end in sides.spans.values())
         key = (tuple(w.kernel.name for w in group), places, shifts, extents)
         if key not in self.made:
-            name = f"a{len(self.made)}_{'_'.join(w.kernel.name.split('_', 1)[1] for w in group)}"
+            words = "_".join(w.kernel.name.partition("_")[2] or w.kernel.name for w in group)
+            name = next(name for n in count(len(self.made)) if (name := f"a{n}_{words}") not in self.kernels)
             self.kernels[name] = side_by_side(name, [w.kernel for w in group], sides.access, places, shifts, extents)
             self.made[key] = name
         attrs = {**op.attrs, "kernel": self.made[key], "offsets": tuple(start for start, _ in sides.spans.values())}
-        return replace(op, operands=tuple(v for v, _ in sides.spans), attrs=attrs)
+        return replace(op, operands=tuple(v for v, _ in sides.spans), attrs=attrs, loc=joined([w.op.loc for w in group]))
 
 
 class Sides:
@@ -196,6 +207,12 @@ class Sides:
     def is_shared(self) -> bool:
         """Whether a binding serves several operands."""
         return len(self.spans) < sum(map(len, self.slots))
+
+
+def joined(locations: Sequence[Location | None]) -> Location | None:
+    """Where launches side by side come from: the first place, and the others behind it."""
+    found = list(dict.fromkeys(x for x in locations if x))
+    return replace(found[0], text=" | ".join([found[0].text, *map(str, found[1:])])) if found else None
 
 
 def connect(works: Sequence[Work]) -> None:

@@ -171,7 +171,8 @@ class GpuEngine:
         self._require_open()
         if self._held and any(start < slot.end and slot.offset < end for start, end in self._touched[self._held.functions[0]][slot.pool]):
             self._submit_held()  # else the write would come before it
-        self._queue.write(self._pools[slot.pool], slot.offset, array)
+        with self._in_words(f"write {slot.name}"):
+            self._queue.write(self._pools[slot.pool], slot.offset, array)
 
     def read(self, slot: Slot) -> NDArray[Any]:
         if self._last and self._last[0].has(self._last[1], slot):
@@ -384,6 +385,9 @@ class _Submission:
     def __init__(self, engine: GpuEngine, functions: tuple[str, ...]) -> None:
         self.functions = functions
         self._engine: GpuEngine | None = engine  # until it is submitted
+        self._queue: Queue | None = None
+        self._sequence = _Sequence({}, 0)
+        self._index: Any = None
         self._results: Any = None
         self._content: bytearray | None = None
 
@@ -398,6 +402,8 @@ class _Submission:
         """Wait for the runs; a copy of a small result."""
         if self._engine:
             self._engine._submit_held()
+        if self._queue is None:
+            raise UserError(f"{' and '.join(self.functions)} could not be begun, so there is no result", hint="start again, or go on from the last checkpoint")
         if self._content is None:
             self._content = self._queue.content(self._results, self._index)
             self._release()

@@ -55,19 +55,23 @@ class Queue:
         from wgpu.backends.wgpu_native._api import libf
 
         answers: list[int] = []
+        raised: list[BaseException] = []  # in the callback: Ctrl-C, as it is the first Python code to run behind a wait
 
-        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")  # type: ignore[untyped-decorator]
+        def keep(kind: Any, error: BaseException, trace: Any) -> None:
+            raised.append(error)
+
+        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)", onerror=keep)  # type: ignore[untyped-decorator]
         def mapped(status: int, message: Any, first: Any, second: Any) -> None:
             answers.append(status)
 
         self._device, self._handle = device, device.queue._internal
         self._ffi, self._lib, self._checked = ffi, lib, libf
-        self._answers, self._callback = answers, mapped
+        self._answers, self._raised, self._callback = answers, raised, mapped
         self._mapping = ffi.new("WGPUBufferMapCallbackInfo *", {"mode": lib.WGPUCallbackMode_AllowProcessEvents, "callback": mapped})
 
     def write(self, buffer: Any, offset: int, array: NDArray[Any]) -> None:
-        """Copy a contiguous array into a buffer, before what is submitted next. What is wrong with it surfaces there."""
-        self._lib.wgpuQueueWriteBuffer(self._handle, buffer._internal, offset, self._ffi.from_buffer(array), array.nbytes)
+        """Copy a contiguous array into a buffer, before what is submitted next. Raises wgpu.GPUError if that cannot be."""
+        self._checked.wgpuQueueWriteBuffer(self._handle, buffer._internal, offset, self._ffi.from_buffer(array), array.nbytes)
 
     def submit(self, commands: Any) -> Any:
         """Submit a command buffer; returns what `content` waits for. Raises wgpu.GPUError if it breaks a rule."""
@@ -81,9 +85,12 @@ class Queue:
             raise RuntimeError("the engine is closed")
         lib, handle, size = self._lib, buffer._internal, buffer.size
         self._answers.clear()
+        self._raised.clear()
         try:
             lib.wgpuBufferMapAsync(handle, lib.WGPUMapMode_Read, 0, size, self._mapping[0])
             lib.wgpuDevicePoll(self._device._internal, True, submission)
+            if self._raised:
+                raise self._raised.pop()
             if self._answers != [lib.WGPUMapAsyncStatus_Success]:
                 raise UserError("the GPU's driver stopped and its results are lost", hint="start again, or go on from the last checkpoint")
             return bytearray(self._ffi.buffer(lib.wgpuBufferGetMappedRange(handle, 0, size), size))

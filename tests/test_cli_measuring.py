@@ -99,15 +99,35 @@ def test_steps_in_flight_are_timed_by_the_slower_of_host_and_device(monkeypatch:
         device = Device(host, lambda number: step)
         monkeypatch.setattr(rivals, "time", device)
         found = rivals.timed(rivals.Steps(device.begin, overlap=True), 0.5)
-        assert found == pytest.approx([expected] * len(found)) and 20 <= len(found) <= 25  # groups of 20 ms
+        assert found == pytest.approx([expected] * len(found), rel=0.02) and 9 <= len(found) <= 10  # groups of 50 ms
         assert device.read == list(range(device.begun))  # every loss, in order
-        assert device.idle == pytest.approx(host if host < step else device.begun * host - (device.begun - 1) * step)
 
 
 def test_steps_in_flight_that_finish_in_bunches_are_not_taken_for_fast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(0.0001, lambda number: 0.0011 if number % 2 else 0.0001)
     monkeypatch.setattr(rivals, "time", device)
-    assert rivals.timed(rivals.Steps(device.begin, overlap=True), 0.5) == pytest.approx([0.6] * 24, rel=0.03)
+    found = rivals.timed(rivals.Steps(device.begin, overlap=True), 0.5)
+    assert found == pytest.approx([0.6] * len(found), rel=0.03)
+
+
+@pytest.mark.parametrize(("ms", "every"), [(0.6, 371), (5.0, 37), (15.0, 37), (60.0, 37)])
+def test_a_host_that_is_held_up_makes_no_step_faster(ms: float, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is read late leaves less to wait for at the next one."""
+    device = Device(0.0003, lambda number: ms / 1e3)
+    monkeypatch.setattr(rivals, "time", device)
+
+    def begin() -> Callable[[], float]:
+        wait = device.begin()
+
+        def late() -> float:
+            if device.begun % every == 5:
+                device.now += 0.02
+            return wait()
+
+        return late
+
+    found = rivals.timed(rivals.Steps(begin, overlap=True), 5.0)
+    assert min(found) >= ms and min(found) == pytest.approx(ms, rel=0.03)
 
 
 def test_steps_on_a_processor_are_timed_one_by_one_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:

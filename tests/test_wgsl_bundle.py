@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -190,6 +191,47 @@ def test_ctrl_c_while_a_result_is_awaited_leaves_the_engine_whole(bundle: Bundle
         queue._device = device
         assert first() == wanted[0]
         assert [session.train_step(*batch) for batch in given[1:]] == wanted[1:]
+
+
+def test_ctrl_c_that_comes_while_the_device_works_is_ctrl_c(bundle: Bundle) -> None:
+    """Not while Python runs, as above: the first Python code behind the wait is the callback of the mapping."""
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        took = min(timed(lambda: session.train_step(tokens, targets)) for _ in range(3))
+        for part in (0.4, 0.7):
+            timer = threading.Timer(part * took, os.kill, (os.getpid(), signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                timer.start()
+                session.train_step(tokens, targets)
+                timer.join()
+        assert np.isfinite(session.train_step(tokens, targets)).all()
+
+
+def timed(act: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def test_a_write_that_the_device_refuses_is_an_error(bundle: Bundle) -> None:
+    with bundle.session(seed=1) as session:
+        slot = session.manifest.functions["train_step"].inputs[0]
+        behind = replace(slot, offset=session.manifest.pools[slot.pool])
+        with pytest.raises(UserError, match=f"cannot write {slot.name}"):
+            session.engine.write(behind, np.zeros(slot.shape, slot.numpy_dtype))
+
+
+def test_what_could_not_be_begun_has_no_result(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bundle.session(seed=1) as session:
+        ((tokens, targets),) = batches(session, 1)
+        wait = session.begin_windows(1, 100)
+        monkeypatch.setattr(session.engine._queue, "submit", lambda commands: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            session.begin_step(tokens, targets)
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="could not be begun"):
+            wait()
 
 
 def test_a_lost_device_is_an_error_and_not_the_end_of_the_process(bundle: Bundle) -> None:

@@ -158,10 +158,14 @@ class KernelView:
 
     @property
     def tile(self) -> Kernel:
-        """The kernel as a tile program. Raises UserError if the compilation was resumed behind that stage."""
+        """The kernel as a tile program. Raises UserError if it is several side by side, or if the compilation was resumed
+        behind that stage."""
+        name, *others = self.loop.cost.get("sides", (self.name,))
+        if others:
+            raise UserError(f"{self.name} is several kernels side by side: {', '.join([name, *others])}", hint="m.after('tile') has their programs")
         for stage in self.compilation.stages:
             if stage.level == "tile":
-                return stage.module.kernels[self.name]
+                return stage.module.kernels[name]
         raise UserError("the tile level was not dumped: compiling began behind it", hint="resume from an earlier dump")
 
     @property

@@ -42,7 +42,9 @@ Build = Callable[[Mapping[str, Any]], Steps]
 
 _WARM_UP = 3
 _FEWEST_SAMPLES = 3
-_GROUP = 0.02  # seconds of steps in flight at least behind a number: a single difference of two losses' times is chance
+_GROUP = 0.05  # seconds of a group of steps in flight, at least: what its first step waits for the host counts little
+_FEWEST_STEPS = 3  # of such a group
+_PLACES = 4  # for losses on their way to the host; two steps are in flight at most
 
 
 class UnavailableError(Exception):
@@ -127,11 +129,14 @@ def torch_step(spec: Mapping[str, Any], compile: bool = False, device: str = "cp
     if device != "cuda":
         return Steps(lambda: work().item)
 
+    places = deque((torch.empty((), pin_memory=True), torch.cuda.Event()) for _ in range(_PLACES))  # type: ignore[no-untyped-call]
+
     def begin(launch: Callable[[], Any]) -> Wait:
         """The loss goes to the host behind the step, before a later one overwrites it; `item()` would wait for that too."""
         loss = launch()
-        kept = torch.empty((), pin_memory=True).copy_(loss.detach(), non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        kept, done = places[0]
+        places.rotate()
+        kept.copy_(loss.detach(), non_blocking=True)
         done.record()
 
         def wait() -> float:
@@ -212,20 +217,19 @@ def _one_by_one(begin: Callable[[], Wait], seconds: float) -> list[float]:
 
 
 def _in_flight(begin: Callable[[], Wait], seconds: float) -> list[float]:
-    """Mean milliseconds between the losses of groups of steps, each step begun before the loss of the last one is read."""
+    """Mean milliseconds a step of groups of steps, each step begun before the loss of the last one is read. A group begins
+    and ends with nothing in flight: no part of it is done outside of its time, whatever holds the host up."""
     found: list[float] = []
-    waits = deque([begin(), begin()])
-    waits.popleft()()  # from here on a step ends where its loss is read, and the next has begun
-    start = time.perf_counter()
-    end, count = start + seconds, 0
+    end = time.perf_counter() + seconds
     while len(found) < _FEWEST_SAMPLES or time.perf_counter() < end:
-        waits.append(begin())
+        start, count = time.perf_counter(), 1
+        waits = deque([begin()])
+        while count < _FEWEST_STEPS or time.perf_counter() - start < _GROUP:
+            waits.append(begin())
+            waits.popleft()()
+            count += 1
         waits.popleft()()
-        now, count = time.perf_counter(), count + 1
-        if now - start >= _GROUP:
-            found.append((now - start) / count * 1e3)
-            start, count = now, 0
-    waits.popleft()()
+        found.append((time.perf_counter() - start) / count * 1e3)
     return found
 
 

@@ -334,7 +334,7 @@ if (workers?.workerData?.[WORKER]) {
 
 // ---- session
 
-/** Weights, optimizer and step count of one model. `step` counts the optimizer steps, each once it is begun. */
+/** Weights, optimizer and step count of one model. `step` counts optimizer steps, each once begun. */
 export class Session {
   seed = 42;
   step = 0;
@@ -376,6 +376,7 @@ export class Session {
     const running = this.#run("train_step", inputs, "loss", "grad_norm");
     const done = this.step++;
     this.#powers = [power1 * beta1, power2 * beta2];
+    running.catch(() => done < this.step && this.#setStep(done));
     const [[loss], [gradNorm]] = await running;
     return { loss: this.#finite(loss, "the loss", done), gradNorm: this.#finite(gradNorm, "the gradient norm", done) };
   }
@@ -617,7 +618,7 @@ export function split(corpus) {
  * Train on a corpus of bytes until `steps` optimizer steps are done in all. onRow gets { step, loss, grad_norm, tokens_per_s }
  * for each step and { step, train_loss, val_loss } for each evaluation; save (an async function) is called every saveEvery
  * steps and at the end, with weights that are finite; `stop()` returning true ends the run between two steps.
- * Where the engine queues runs, a step is reported when the next is begun, so that the device need not wait for the host.
+ * Where the engine queues runs, a step is reported when the next is begun: the device need not wait.
  */
 export async function train(session, corpus, options) {
   const { steps, lr, evalEvery = 0, saveEvery = 100, onRow = () => {}, save = null, stop = () => false } = options;
@@ -644,7 +645,7 @@ export async function train(session, corpus, options) {
     }
     await save();
   };
-  let next, rows, told = 0; // promises of the next step's batch and of all rows so far; when the last was reported
+  let next, rows, told = 0; // promises of the next batch and of all rows so far; when the last was told
   const begun = (promise) => (promise.catch(() => {}), promise); // nobody waits for it once another has failed
   const report = async (before, step, done, began) => {
     await before;
