@@ -120,6 +120,17 @@ def test_m_shows_stages_and_kernels_at_every_level(m: Inspector) -> None:
     assert "train_step: " in repr(m.plan)
 
 
+def test_kernels_side_by_side_say_what_they_are_made_of() -> None:
+    m = inspect("tiny", "wgsl", options={"profile": "webgpu-default"})
+    views = [m.kernels[name] for name in m.compilation.plan.kernels if name.startswith("a")]
+    several = next(view for view in views if len(view.loop.cost["sides"]) > 1)
+    with pytest.raises(UserError, match=f"is several kernels side by side: {', '.join(several.loop.cost['sides'])}"):
+        several.tile  # noqa: B018 - an expression for its error
+    one = next(view for view in views if len(view.loop.cost["sides"]) == 1)
+    assert one.tile.name == one.loop.cost["sides"][0]
+    assert all(str(view) and str(view.source) and str(view.schedule) for view in (one, several))
+
+
 def test_tab_completes_stages_and_kernels(m: Inspector) -> None:
     completer = pytest.importorskip("IPython.core.completer")
     found = completer.IPCompleter(namespace={"m": m}, use_jedi=False)
