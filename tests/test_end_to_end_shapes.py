@@ -160,9 +160,10 @@ def narrow(context: int) -> ModelConfig:
 def test_work_memory_grows_linearly_with_the_context(target: str) -> None:
     pools = [tg.compile(narrow(context), target=target, batch=2).manifest.pools for context in CONTEXTS]
     work = [sum(size for name, size in each.items() if name != "state") for each in pools]
-    # Gradients may be made in more parts for more tokens, up to a fixed number of them; a square would grow by four.
+    # Gradients may be made in more parts for more tokens, up to a fixed number of them, and on a GPU other launches may run
+    # side by side, whose buffers must lie apart; a square would grow by four.
     for shorter, longer in itertools.pairwise(work):
-        assert longer <= (2.1 if target == "wgsl" else 2.02) * shorter, dict(zip(CONTEXTS, work, strict=True))
+        assert longer <= (2.25 if target == "wgsl" else 2.02) * shorter, dict(zip(CONTEXTS, work, strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
