@@ -225,7 +225,7 @@ class _Run:
         if live == 0:
             return np.asarray(IDENTITY[kind], tile.dtype)
         inside = tile[:live] if axis == 0 else tile[:, :live]
-        return np.asarray(REDUCTIONS[kind](inside, axis=axis, keepdims=True), tile.dtype)  # type: ignore[operator]
+        return np.asarray(REDUCTIONS[kind](inside, axis=axis, keepdims=True), tile.dtype)
 
     def dot(self, op: Op) -> np.ndarray:
         acc, a, b = op.operands

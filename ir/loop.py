@@ -24,7 +24,7 @@ Ops (operands -> result {attributes}); an address is `at` elements from a pointe
                                           as a tree: with the one half a group away, then a quarter, …; the same bits in each
 A kernel of the cpu strategy runs the flattened grid points `lo` (inclusive) to `hi` (exclusive), both index variables.
 A kernel of the gpu strategy runs one grid point on a workgroup: the grid ids and `thread`, the number of the thread in
-its workgroup, are index variables; the cost field `threads` says how many there are."""
+its workgroup, are index variables; the cost field `threads` says how many there are; of one that is several side by side, `sides` names them."""
 
 from __future__ import annotations
 

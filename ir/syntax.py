@@ -261,7 +261,7 @@ def unquoted(token: Token) -> str:
     if token.type != "STRING":
         return str(token)
     try:
-        return json.loads(token, strict=False)  # type: ignore[no-any-return]
+        return str(json.loads(token, strict=False))
     except json.JSONDecodeError as error:
         raise Problem(f"a string with an unknown escape: {error.msg}", token) from None
 

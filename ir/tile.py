@@ -21,7 +21,7 @@ from tinygpt.ir.storage import Strided
 from tinygpt.ir.types import FLOATS, Dim, TensorType, TileType
 
 STRUCTURAL = ("load", "gather", "store", "fill", "iota", "position", "reduce", "dot", "for", "bind")
-REDUCTIONS = {"sum": np.sum, "max": np.max}
+REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max}
 IDENTITY = {"sum": 0.0, "max": -3.0e38}
 MASKED_SCORE = -1.0e30  # finite: an infinity would turn into NaN in m - m
 

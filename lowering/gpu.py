@@ -210,7 +210,10 @@ class GpuLowering(DotLowering):
 
         if self.is_long(x):
             start = self.b.splat(self.b.const(IDENTITY[kind], ScalarType(x.type.dtype)), width)
-            step = lambda v, *totals: [self.combined(kind, t, masked(r, v)) for r, t in zip(own, totals, strict=True)]  # noqa: E731
+
+            def step(v: Index, *totals: Value) -> list[Value]:
+                return [self.combined(kind, t, masked(r, v)) for r, t in zip(own, totals, strict=True)]
+
             totals = self.loop(0, self.layout.vectors(cols), 1, step, [start for _ in own], stem="v")
             return {(r, None): self.b.fold(t, kind) for r, t in zip(own, totals, strict=True)}
         found: dict[Key, Value] = {}

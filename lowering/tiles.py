@@ -15,6 +15,7 @@ from tinygpt.ir.core import Function, Kernel, Module, Op, Region, Value
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.ops import OPS, RowOp
+from tinygpt.ir.ops.movement import ViewOp
 from tinygpt.ir.storage import Strided
 from tinygpt.ir.tile import Position, Reader, TileBuilder, Writer, stored_reader, stored_writer, transposed
 from tinygpt.ir.types import DTYPE_BYTES, Dim, TensorType
@@ -112,7 +113,7 @@ class FunctionTiler:
         dense = self.placement.fresh(source)
         self.copy(source, dense)
         definition = OPS[op.name]
-        storage = definition.view(dense.storage, dict(op.attrs))  # type: ignore[attr-defined]
+        storage = definition.view(dense.storage, dict(op.attrs)) if isinstance(definition, ViewOp) else None
         if storage is None:
             raise CompilerBug(f"{op.name} of a dense tensor has no address")
         self.placement.places[value] = Place(dense.root, storage)
@@ -121,7 +122,10 @@ class FunctionTiler:
     def gather_pieces(self, op: Op) -> None:
         """Copy the pieces of a concat or pack that were not computed in place; clear the gaps of a pack once."""
         target = self.place_of(op.results[0])
-        wanted = OPS[op.name].place(target.storage, [v.type for v in op.operands], dict(op.attrs))  # type: ignore[attr-defined]
+        definition = OPS[op.name]
+        wanted = definition.place(target.storage, [v.type for v in op.operands], dict(op.attrs)) if isinstance(definition, ViewOp) else None
+        if wanted is None:
+            raise CompilerBug(f"{op.name} has no pieces with an address")
         ends = [s.offset + v.type.size for v, s in zip(op.operands, wanted, strict=True)]
         starts = [s.offset for s in wanted[1:]] + [target.storage.offset + op.results[0].type.size]
         for end, start in zip(ends, starts, strict=True):

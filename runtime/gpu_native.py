@@ -60,7 +60,7 @@ class Queue:
         def keep(kind: Any, error: BaseException, trace: Any) -> None:
             raised.append(error)
 
-        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)", onerror=keep)  # type: ignore[untyped-decorator]
+        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)", onerror=keep)  # type: ignore[untyped-decorator]  # cffi has no types
         def mapped(status: int, message: Any, first: Any, second: Any) -> None:
             answers.append(status)
 
