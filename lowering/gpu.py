@@ -74,7 +74,14 @@ class GpuLowering(DotLowering):
         params = tuple(self.buffers[v] for v in self.kernel.params)
         extents = tuple(v.type.size for v in self.kernel.params)
         cost = {**self.kernel.cost, "extents": extents, "threads": threads}
-        return replace(self.kernel, body=Region(params, self.b.finish()), cost=cost, level="loop")
+        return replace(self.kernel, body=Region(params, self.b.finish()), grid=self.grid(), cost=cost, level="loop")
+
+    def grid(self) -> dict[str, int]:
+        """The grid, its last id fastest. Ids that decide how many trips a loop makes vary slowest: workgroups begin in the
+        order of their numbers, tile programs put the longest first, and so the shortest fill the end."""
+        bounds = [Index.of(op.attrs[name]) for op in self.kernel.body.walk() if op.name == "for" for name in ("lo", "hi")]
+        deciding = {name for bound in bounds for name in bound.variables()}
+        return dict(sorted(self.kernel.grid.items(), key=lambda item: item[0] not in deciding))
 
     def edges(self) -> list[tuple[Index, Index | int]]:
         """Where a thread has elements at all, if the kernel changes a buffer in place, one vector a thread: behind the end

@@ -5,7 +5,7 @@ of four consecutive rows and columns and adds their outer product to its registe
 while it is staged, slice by slice; where its elements lie one after another along k in memory, neighbouring threads read
 along k, and squares of four by four are transposed in registers. Their columns go to the same few banks of workgroup
 memory, so lines are rotated, each four of k further than the four before. A placed operand, a product's result say, is
-written whole by the threads that hold it. Rows and columns of outputs beyond their axis may hold anything, as they are
+written whole by the threads that hold it; on the left side its squares are transposed and its lines rotated too. Rows and columns of outputs beyond their axis may hold anything, as they are
 never stored; beyond the end of the contraction operands are zero.
 
 Where tiles are few, groups of threads share the contraction: each has the whole register block and multiplies its share
@@ -148,8 +148,13 @@ class DotLowering(WorkgroupLowering):
             pitch, lanes = self.layout.padded_rows(dim), WIDTH if self.layout.grouped(dim) else 1
         else:
             pitch, lanes = self.layout.padded_cols(dim), self.layout.width(dim)
-        turned = not whole and self.is_turned(value, lanes, axis, depth)
-        return Operand(value, pitch, lanes, dim, axis, whole, max(1, BANKS * WIDTH // depth) if turned else 0)
+        turn = 0
+        if not whole:
+            turn = max(1, BANKS * WIDTH // depth) if self.is_turned(value, lanes, axis, depth) else 0
+        elif axis == 0:  # neighbours along x write lines that are to lie in other banks
+            turn = 1 if lanes == self.layout.width(value.type.dims[1]) == WIDTH else 0
+            pitch += lanes == 1
+        return Operand(value, pitch, lanes, dim, axis, whole, turn)
 
     def operand(self, value: Value, axis: int, dim: Dim, depth: int, slices: int) -> Staged:
         """Take workgroup memory for an operand."""
@@ -232,7 +237,7 @@ class DotLowering(WorkgroupLowering):
                     parts = [part(r + n) for n in range(lanes)]
                     for u in range(width):
                         column = [self.b.extract(x, u) for x in parts]
-                        self.b.store(to.piece.pointer, self.b.join(column) if lanes > 1 else column[0], (k + u) * to.pitch + self.layout.row(to.dim, r))
+                        self.b.store(to.piece.pointer, self.b.join(column) if lanes > 1 else column[0], to.at(k + u, self.layout.row(to.dim, r)))
 
             self.when(conditions, write)
 

@@ -100,8 +100,8 @@ CPU: dict[str, Callable[[Mapping[str, int], Caps], Schedule]] = {
 class GpuProduct:
     """A schedule of products: a tile of the output, threads, groups of threads that share the contraction, a slice of it; the
     fewest tiles that fill a device, from which contraction on it pays, whether all threads must hold rows and columns in
-    fours, so that what it keeps in workgroup memory is no more than 16 KiB, and whether it is for dots of rows, where both
-    operands lie along the contraction, or for all others (None: for both)."""
+    fours, so that what it keeps in workgroup memory is no more than 16 KiB, whether it is for dots of rows, where both
+    operands lie along the contraction, or for all others (None: for both), and of how many tiles one product of a batch is."""
 
     tile: tuple[int, int]
     threads: tuple[int, int]
@@ -111,6 +111,7 @@ class GpuProduct:
     shortest: int = 0
     in_fours: bool = False
     dots: bool | None = None
+    each: range = range(1 << 31)
 
     def suits(self, extents: Mapping[str, int]) -> bool:
         """Whether there are enough tiles, and their edges waste little."""
@@ -118,13 +119,16 @@ class GpuProduct:
         tiles = ceil_div(rows, height) * ceil_div(columns, width)
         enough = tiles * extents["batch"] >= self.fewest and extents["inner"] >= self.shortest
         ragged = self.in_fours and (columns % 4 or rows <= height - self.threads[0])
-        return self.dots in (None, extents["dots"]) and enough and tiles * height * width <= 1.25 * rows * columns and not ragged
+        return self.dots in (None, extents["dots"]) and tiles in self.each and enough and tiles * height * width <= 1.25 * rows * columns and not ragged
 
 
 # Large tiles read each operand less often, small ones and groups leave no multiprocessor idle. Measured on an H100 in the
-# three forms of a step, from 256 x 256 in eight parts to 4096 x 3072.
+# three forms of a step, from 256 x 256 in eight parts to 4096 x 3072. Its 132 multiprocessors hold three workgroups of the
+# second 64 x 64, of 160 registers a thread, or four of 64 x 32: 512 of the former are two rounds of which one is nearly
+# empty. Parts of sums (gradients of weights) are made beside attention, in workgroups of as many threads.
 GPU_PRODUCTS = (
     GpuProduct((128, 64), (16, 8), 1, 16, fewest=128, shortest=512, dots=False),
+    GpuProduct((64, 32), (8, 8), 2, 32, each=range(768, 1280)),
     GpuProduct((64, 64), (8, 8), 2, 32, fewest=512, in_fours=True, dots=True),
     GpuProduct((64, 64), (8, 8), 1, 16, fewest=512),
     GpuProduct((64, 64), (8, 8), 2, 32, fewest=256, in_fours=True),

@@ -4,6 +4,7 @@ odd models, rows too long for registers, products of any shape."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,40 @@ def test_any_number_of_threads_computes_a_tile_program() -> None:
     buffers = random_buffers(kernel, np.random.default_rng(1))
     for threads in ((4, 8), (8, 4), (16, 8), (3, 5)):
         assert difference(replace(kernel, order={**kernel.order, "threads": threads}), buffers) < 5e-6
+
+
+ATTENTION = [f32(2, 3, 130, 32)] * 3
+
+
+def attention_kernels(shape: list[TensorType]) -> list[Kernel]:
+    q, row = shape[0], f32(*shape[0].shape[:3])
+    attrs = {"causal": True, "scale": 0.2}
+    backward = [only_kernel(name, [q, q, q, q, row, row], **attrs) for name in ("attention_grad_q", "attention_grad_kv")]
+    return [only_kernel("attention", shape, **attrs), *backward]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_workgroups_with_the_longest_loops_begin_first(number: int) -> None:
+    kernel = lower(attention_kernels(ATTENTION)[number], DEFAULT)
+    loops = [op for op in kernel.body.ops if op.name == "for"]
+    points = [dict(zip(kernel.grid, at, strict=True)) for at in product(*map(range, kernel.grid.values()))]
+    trips = [sum(max(0, op.attrs["hi"].evaluate(at) - op.attrs["lo"].evaluate(at)) for op in loops) for at in points]
+    assert trips == sorted(trips, reverse=True) and trips[0] > trips[-1]
+
+
+@pytest.mark.parametrize("context", [32, 132, 512])
+@pytest.mark.parametrize("number", range(3))
+def test_threads_that_hand_over_a_result_write_to_different_banks(number: int, context: int) -> None:
+    kernel = lower(attention_kernels([f32(1, 1, context, 32)] * 3)[number], DEFAULT)
+    ops = list(kernel.body.walk())
+    shared = {op.result: op.attrs["lanes"] for op in ops if op.name == "shared" and op.result.hint == "left"}
+    stores = [(shared[op.operands[0]], op.attrs["at"]) for op in ops if op.name == "store" and op.operands[0] in shared]
+    assert stores
+    for lanes, at in stores:
+        together = 32 // lanes  # threads whose vectors memory of 32 banks of a word takes at once
+        others = dict.fromkeys(at.variables(), 0)
+        words = [at.evaluate({**others, "thread": thread}) for thread in range(together)]
+        assert len({word // lanes % together for word in words}) == together, str(at)
 
 
 def test_what_does_not_fit_names_the_kernel_and_the_limit() -> None:

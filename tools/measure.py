@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500, help="of learning")
     parser.add_argument("--rounds", type=int, default=2, help="of gpu and curve: turns that each contestant gets")
-    parser.add_argument("--profile", default="adapter", help="of gpu: what to compile for")
+    parser.add_argument("--profile", default="adapter", help="of gpu and curve: what to compile for")
     parser.add_argument("--against", help="of speed and gpu: the rivals, with commas (default: beside C++ all on a processor, beside WebAssembly none, on a GPU all on CUDA)")
     parser.add_argument("--data", help="a text; TinyShakespeare if left out")
     options = parser.parse_args()
@@ -308,18 +308,18 @@ def gpu_steps(options: argparse.Namespace) -> Iterator[str]:
 
 def curve(options: argparse.Namespace) -> Iterator[str]:
     """A row for each preset: a training step on WebGPU, one in WebAssembly on the processor of the same machine, the ratio.
-    WebAssembly runs on as many threads as suit it best there. Gives the table again with each row."""
+    WebAssembly runs on half of the cores and on all, the faster counts. Gives the table again with each row."""
     cores = min(len(os.sched_getaffinity(0)), MOST_THREADS)
-    counts = sorted({min(2**n, cores) for n in range(1, cores.bit_length() + 1)})
+    counts = sorted({-(-cores // 2), cores})
     command = ["bench", "--against", "none", "--rounds", str(options.rounds), "--json"]
     cells = []
     for preset in options.presets or ("small", "medium", "large", "xl"):
-        places = [["--target", "wgsl"], *(["--target", "wasm32", "--threads", str(n)] for n in counts)]
+        places = [["--target", "wgsl", "--set", f"profile={options.profile}"], *(["--target", "wasm32", "--threads", str(n)] for n in counts)]
         gpu, *found = records("curve", [[*command, *place, preset] for place in places])
         wasm = min(found, key=lambda row: float(row["ms"]))
         cells.append((gpu["config"], f"{gpu['ms']:.2f}", f"{wasm['ms']:.2f}", wasm["threads"], f"{wasm['ms'] / gpu['ms']:.1f}×"))
         table = doc_tables.table(("preset", "WebGPU, ms", "WebAssembly, ms", "its threads", "faster by"), cells)
-        yield f"WebAssembly: wasm32 in wasmtime, on the best of {', '.join(map(str, counts))} threads; {processor()}.\n\n{table}"
+        yield f"WebAssembly: wasm32 in wasmtime, on the better of {' and '.join(map(str, counts))} threads; WebGPU: profile `{options.profile}`; {processor()}.\n\n{table}"
 
 
 def gpu_kernels() -> str:
