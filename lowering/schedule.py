@@ -154,7 +154,8 @@ def gpu_attention(extents: Mapping[str, int], caps: Caps) -> Schedule:
         return Schedule({"tile": (16, 32), "threads": (8, 8)}, {"slice": 32})
     short = 512 if extents["columns"] <= 32 else 256
     if extents["rows"] < short or extents["columns"] > 96:
-        return Schedule({"tile": (32, 32), "threads": (8, 8)}, {"slice": 32 if extents["columns"] <= 64 else 16})
+        depth = 32 if extents["columns"] <= 64 else max(4, min(16, 2048 // extents["columns"] // 4 * 4))
+        return Schedule({"tile": (32, 32), "threads": (8, 8)}, {"slice": depth})
     return Schedule({"tile": (32, 64), "threads": (8, 8)}, {"slice": 16})
 
 

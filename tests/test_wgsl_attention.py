@@ -76,6 +76,7 @@ def in_interpreter(kernel: Kernel, buffers: list[NDArray[Any]]) -> None:
 
 CORNERS = [(1, 1, context, width) for context in (1, 300) for width in (8, 128)]
 BETWEEN = [(1, 2, 2, 16), (1, 2, 31, 32), (1, 2, 33, 65), (2, 1, 100, 80), (1, 3, 101, 48)]
+WIDE = [(1, 1, 40, 200), (1, 1, 33, 512)]
 
 
 @pytest.mark.parametrize("shape", CORNERS + BETWEEN, ids=lambda s: f"{s[2]}x{s[3]}")
@@ -83,7 +84,7 @@ def test_attention_is_as_close_to_float64_as_pytorch(shape: Shape) -> None:
     assert_as_close_as_pytorch(shape, 1.0, launch)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, context, width) for context in (31, 32, 33, 63, 64, 65, 299) for width in (8, 63, 127, 128)], ids=lambda s: f"{s[2]}x{s[3]}")
+@pytest.mark.parametrize("shape", [(1, 1, context, width) for context in (31, 32, 33, 63, 64, 65, 299) for width in (8, 63, 127, 128)] + WIDE, ids=lambda s: f"{s[2]}x{s[3]}")
 def test_workgroups_of_attention_are_as_close_to_float64_as_pytorch(shape: Shape) -> None:
     assert_as_close_as_pytorch(shape, 1.0, in_interpreter)
 
