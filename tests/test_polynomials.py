@@ -10,7 +10,7 @@ import pytest
 from tinygpt.ir.polynomials import DEFINITIONS
 from tinygpt.ir.scalar import argument, evaluate, expand
 
-RANGES = {"exp": (-80.0, 88.0, np.exp), "log": (1e-30, 1e30, np.log), "tanh": (-12.0, 12.0, np.tanh), "erf": (-6.0, 6.0, np.vectorize(math.erf))}
+RANGES = {"exp": (-87.0, 88.0, np.exp), "log": (1e-30, 1e30, np.log), "tanh": (-12.0, 12.0, np.tanh), "erf": (-6.0, 6.0, np.vectorize(math.erf))}
 BOUNDS = {"exp": 2e-7, "log": 2e-7, "tanh": 4e-7, "erf": 4e-7}
 
 
@@ -30,5 +30,5 @@ def test_clamped_ends_stay_finite_and_ordered() -> None:
     x = np.array([-1e30, -100.0, 0.0, 100.0, 1e30], np.float32)
     values = evaluate(expand(DEFINITIONS["exp"](argument(0, "f32")), DEFINITIONS), [x])
     assert np.isfinite(values).all()
-    assert values[0] < 2e-35
+    assert values[0] == values[1] == 0  # a product of a tiny number would be denormal
     assert values[2] == 1
