@@ -2,8 +2,8 @@
 
 Tiles live in registers, spread over the threads as lowering/gpu_values.py says. Only two ops make threads meet, through
 workgroup memory (lowering/gpu_memory.py): a `dot`, whose operands are staged in slices of the contraction
-(lowering/gpu_dot.py), and a `reduce`, whose partial results are, unless the threads of a row share a subgroup. Here: the kernel, its limits, its blocks and loops,
-reductions and stores."""
+(lowering/gpu_dot.py), and a `reduce`, whose partial results are, unless the threads of a row share a subgroup. Here:
+the kernel, its limits, its blocks and loops, reductions and stores."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 Both operands lie there k-major: the left one as [k][row], the right one as [k][column], so that a thread reads vectors
 of four consecutive rows and columns and adds their outer product to its register block. A free operand is computed
-while it is staged, slice by slice; where its elements lie one after another along k in memory, neighbouring threads read
-along k, and squares of four by four are transposed in registers. Their columns go to the same few banks of workgroup
-memory, so lines are rotated, each four of k further than the four before. A placed operand, a product's result say, is
-written whole by the threads that hold it; on the left side its squares are transposed and its lines rotated too. Rows and columns of outputs beyond their axis may hold anything, as they are
-never stored; beyond the end of the contraction operands are zero.
+while it is staged, slice by slice; where its elements lie one after another along k in memory, neighbouring threads
+read along k, and squares of four by four are transposed in registers. Their columns go to the same few banks of
+workgroup memory, so lines are rotated, each four of k further than the four before. A placed operand, a product's
+result say, is written whole by the threads that hold it, on the left side to lines that are rotated or padded. Rows and
+columns of outputs beyond their axis may hold anything, as they are never stored; beyond the end of the contraction
+operands are zero.
 
 Where tiles are few, groups of threads share the contraction: each has the whole register block and multiplies its share
 of every slice. Behind the last slice two groups exchange halves, so that each goes on with half of the rows; of more, or
@@ -36,7 +37,7 @@ UNROLLED_COPIES = 4  # vectors of a slice a thread copies without a loop
 @dataclass(frozen=True)
 class Operand:
     """How an operand lies in workgroup memory, in vectors of `lanes`: element (k, x) at k*pitch + x, but for lines that are
-    rotated, by `turn` vectors more for each four of k. `whole`: all of the contraction, not a slice."""
+    rotated, by `turn` vectors more for each `every` of k. `whole`: all of the contraction, not a slice."""
 
     value: Value
     pitch: int
@@ -45,12 +46,13 @@ class Operand:
     axis: int  # which axis of the operand that is
     whole: bool
     turn: int
+    every: int
 
     def at(self, k: Index, x: Index) -> Index:
         """Where element (k, x) lies."""
         if not self.turn:
             return k * self.pitch + x
-        return k * self.pitch + (x // WIDTH + k // WIDTH * self.turn) % (self.pitch // WIDTH) * WIDTH
+        return k * self.pitch + (x // WIDTH + k // self.every * self.turn) % (self.pitch // WIDTH) * WIDTH
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,12 @@ class DotLowering(WorkgroupLowering):
             pitch, lanes = self.layout.padded_rows(dim), WIDTH if self.layout.grouped(dim) else 1
         else:
             pitch, lanes = self.layout.padded_cols(dim), self.layout.width(dim)
-        turn = 0
         if not whole:
             turn = max(1, BANKS * WIDTH // depth) if self.is_turned(value, lanes, axis, depth) else 0
-        elif axis == 0:  # neighbours along x write lines that are to lie in other banks
-            turn = 1 if lanes == self.layout.width(value.type.dims[1]) == WIDTH else 0
-            pitch += lanes == 1
-        return Operand(value, pitch, lanes, dim, axis, whole, turn)
+            return Operand(value, pitch, lanes, dim, axis, whole, turn, WIDTH)
+        if axis == 0 and lanes == 1:  # neighbours along x write lines that are to lie in other banks
+            return Operand(value, pitch + 1, lanes, dim, axis, whole, 0, WIDTH)
+        return Operand(value, pitch, lanes, dim, axis, whole, 1 - axis, self.layout.width(value.type.dims[1 - axis]))
 
     def operand(self, value: Value, axis: int, dim: Dim, depth: int, slices: int) -> Staged:
         """Take workgroup memory for an operand."""

@@ -123,9 +123,10 @@ class GpuProduct:
 
 
 # Large tiles read each operand less often, small ones and groups leave no multiprocessor idle. Measured on an H100 in the
-# three forms of a step, from 256 x 256 in eight parts to 4096 x 3072. Its 132 multiprocessors hold three workgroups of the
-# second 64 x 64, of 160 registers a thread, or four of 64 x 32: 512 of the former are two rounds of which one is nearly
-# empty. Parts of sums (gradients of weights) are made beside attention, in workgroups of as many threads.
+# three forms of a step, from 256 x 256 in eight parts to 4096 x 3072. Each of its 132 multiprocessors holds three workgroups
+# of 64 x 64 in two groups, of 160 registers a thread, or four of 64 x 32: 512 of the former are a round and a third, twice
+# as many of the latter nearly two, at 384 there is no difference. Parts of sums (gradients of weights) are left as they
+# are: they are made beside attention, in workgroups of as many threads.
 GPU_PRODUCTS = (
     GpuProduct((128, 64), (16, 8), 1, 16, fewest=128, shortest=512, dots=False),
     GpuProduct((64, 32), (8, 8), 2, 32, each=range(768, 1280)),
@@ -147,13 +148,15 @@ def gpu_contraction(extents: Mapping[str, int], caps: Caps) -> Schedule:
 
 def gpu_attention(extents: Mapping[str, int], caps: Caps) -> Schedule:
     """Blocks of 32 queries (of 32 keys, where a program goes along the keys) against 64 of the others; smaller ones where the
-    context is short or heads are wide: probabilities, a slice of the values and partial sums must fit 16 KiB.
+    context is short or heads are wide: probabilities, a slice of the values and partial sums must fit 16 KiB, which are two
+    memories where the context is not in fours.
 
     Measured on an H100 at contexts 64 to 1024 and widths 32 and 64, forward and backward."""
     if extents["rows"] <= 64 and extents["columns"] <= 64:
         return Schedule({"tile": (16, 32), "threads": (8, 8)}, {"slice": 32})
     short = 512 if extents["columns"] <= 32 else 256
-    if extents["rows"] < short or extents["columns"] > 96:
+    widest = 64 if extents["rows"] % 4 else 96
+    if extents["rows"] < short or extents["columns"] > widest:
         depth = 32 if extents["columns"] <= 64 else max(4, min(16, 2048 // extents["columns"] // 4 * 4))
         return Schedule({"tile": (32, 32), "threads": (8, 8)}, {"slice": depth})
     return Schedule({"tile": (32, 64), "threads": (8, 8)}, {"slice": 16})

@@ -89,7 +89,7 @@ def test_workgroups_with_the_longest_loops_begin_first(number: int) -> None:
     assert trips == sorted(trips, reverse=True) and trips[0] > trips[-1]
 
 
-@pytest.mark.parametrize("context", [32, 132, 512])
+@pytest.mark.parametrize("context", [32, 65, 130, 132, 257, 512])
 @pytest.mark.parametrize("number", range(3))
 def test_threads_that_hand_over_a_result_write_to_different_banks(number: int, context: int) -> None:
     kernel = lower(attention_kernels([f32(1, 1, context, 32)] * 3)[number], DEFAULT)
@@ -102,6 +102,13 @@ def test_threads_that_hand_over_a_result_write_to_different_banks(number: int, c
         others = dict.fromkeys(at.variables(), 0)
         words = [at.evaluate({**others, "thread": thread}) for thread in range(together)]
         assert len({word // lanes % together for word in words}) == together, str(at)
+
+
+@pytest.mark.parametrize("width", [4, 33, 64, 65, 68, 80, 96, 97, 128, 132, 164, 192, 256, 384, 512])
+def test_attention_of_any_width_fits_the_memory_of_every_device(width: int) -> None:
+    for context in (1, 16, 63, 64, 65, 128, 130, 256, 257, 513):
+        for kernel in attention_kernels([f32(1, 1, context, width)] * 3):
+            lower(kernel, DEFAULT)
 
 
 def test_what_does_not_fit_names_the_kernel_and_the_limit() -> None:
