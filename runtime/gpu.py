@@ -99,10 +99,10 @@ def device_record(folder: Path, manifest: Manifest) -> DeviceRecord:
     kernels = {}
     is_own = trust.is_own(manifest.digest)
     for name, entry in mapping("kernels").items():
-        access = entry.get("access") if isinstance(entry, dict) else None
-        if not isinstance(access, list) or not set(access) <= {"in", "out", "inout"} or entry.get("file") not in manifest.files:
+        access, file = (entry.get("access"), entry.get("file")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(access, list) or not all(a in ("in", "out", "inout") for a in access) or not isinstance(file, str) or file not in manifest.files:
             raise refuse(f"kernels.{name} has no file or no access words")
-        kernels[name] = KernelRecord(entry["file"], tuple(a == "in" for a in access), entry.get("bounded") is True and is_own)
+        kernels[name] = KernelRecord(file, tuple(a == "in" for a in access), entry.get("bounded") is True and is_own)
     functions = {}
     for name in manifest.functions:
         entries = mapping("functions").get(name)
@@ -351,7 +351,10 @@ class GpuEngine:
     def _pipeline(self, name: str) -> tuple[Any, Any]:
         if name not in self._pipelines:
             kernel = self._record.kernels[name]
-            code = self._manifest.file(self._folder, kernel.file).read_text()
+            try:
+                code = self._manifest.file(self._folder, kernel.file).read_text()
+            except UnicodeDecodeError as error:
+                raise UserError(f"bundle {self._folder}: {kernel.file} is no text", hint=_AGAIN) from error
             module = trusted_module(self._device, name, code) if kernel.bounded else self._device.create_shader_module(label=name, code=code)
             entries = [
                 {"binding": n, "visibility": self._wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage" if read_only else "storage"}}
@@ -464,7 +467,7 @@ def _device(wgpu: Any, folder: Path, record: DeviceRecord) -> Any:
     for adapter in found:
         missing = [f"feature {name}" for name in features if name not in adapter.features]
         missing += [f"subgroups of {record.subgroup} lanes"] if record.subgroup > _subgroup_lanes(adapter) else []
-        missing += [f"{name} {n:,}" for name, n in record.limits.items() if adapter.limits.get(name, n) < n]
+        missing += [f"{name} {n:,}" for name, n in record.limits.items() if adapter.limits.get(name, 0) < n]
         if missing:
             reasons.append(f"{adapter.info['device']} lacks {', '.join(missing)}")
             continue

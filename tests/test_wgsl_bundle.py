@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -283,24 +284,53 @@ def test_the_command_names_the_gpu_and_its_kernels(bundle: Bundle, capsys: pytes
     assert "matmul gelu_d0 mul gelu" in text and "GFLOP/s" in text
 
 
-def damaged(bundle: Bundle, to: Path, damage: Callable[[list[Any]], None]) -> Path:
-    """A copy of the bundle in which the launches of `init` are damaged."""
+def damaged(bundle: Bundle, to: Path, damage: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the bundle in which what the target says is damaged."""
     shutil.copytree(bundle.folder, to)
     path = to / "manifest.json"
     document = json.loads(path.read_text())
-    damage(document["target"]["functions"]["init"])
+    damage(document["target"])
     path.write_text(json.dumps(document))
     return to
 
 
 def test_a_damaged_launch_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    def far(launches: list[Any]) -> None:
-        launches[0]["bindings"][0][1] = 1 << 40
+    def far(target: dict[str, Any]) -> None:
+        target["functions"]["init"][0]["bindings"][0][1] = 1 << 40
 
     with pytest.raises(UserError, match="functions.init is malformed: binding"):
         bundles.load(damaged(bundle, tmp_path / "far", far)).session()
     with pytest.raises(UserError, match="functions.init has 0 launches, the manifest"):
-        bundles.load(damaged(bundle, tmp_path / "none", lambda launches: launches.clear())).session()
+        bundles.load(damaged(bundle, tmp_path / "none", lambda target: target["functions"]["init"].clear())).session()
+
+
+@pytest.mark.parametrize("access", [[1], [{}], [["in"]], ["out of"], "in", None])
+def test_access_words_that_are_none_are_refused(bundle: Bundle, tmp_path: Path, access: Any) -> None:
+    def damage(target: dict[str, Any]) -> None:
+        next(iter(target["kernels"].values()))["access"] = access
+
+    with pytest.raises(UserError, match="has no file or no access words"):
+        bundles.load(damaged(bundle, tmp_path / "b", damage)).session()
+
+
+def test_a_limit_that_no_device_knows_is_lacking(bundle: Bundle, tmp_path: Path) -> None:
+    device()
+    with pytest.raises(UserError, match="lacks max-of-nothing 3"):
+        bundles.load(damaged(bundle, tmp_path / "b", lambda target: target["limits"].update({"max-of-nothing": 3}))).session()
+
+
+def test_a_shader_that_is_no_text_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    device()
+    folder = tmp_path / "b"
+    shutil.copytree(bundle.folder, folder)
+    document = json.loads((folder / "manifest.json").read_text())
+    name = next(iter(document["target"]["kernels"].values()))["file"]
+    (folder / name).write_bytes(b"\xff\xfe")
+    document["files"][name] = hashlib.sha256(b"\xff\xfe").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with bundles.load(folder).session() as session, pytest.raises(UserError, match=f"{name} is no text"):
+        for function in document["functions"]:
+            session.engine.run(function)
 
 
 def test_a_profile_is_read_from_the_adapter_and_kept_in_the_bundle(tmp_path: Path) -> None:
@@ -321,6 +351,7 @@ def test_a_description_of_a_device_makes_its_profile() -> None:
     limits = {name: 2 * getattr(DEFAULT, field) for name, field in LIMITS.items()} | {"max-buffer-size": 1 << 63}
     options = {"profile": "adapter", "device": json.dumps({"features": ["subgroups", "depth-clip-control"], "limits": limits})}
     _, caps = device_for("wgsl", options)
+    assert device_for("wgsl", {"device": options["device"]})[1] == caps
     assert caps.features == {"subgroups"} and caps.bindings == 16 and caps.grid_limit == 131070
     assert caps.buffer_bytes == (1 << 53) - 1
     for device, problem in (

@@ -27,8 +27,9 @@ def choose(options: dict[str, str]) -> Caps:
 
 
 def profile(options: dict[str, str], default: Caps) -> Caps:
-    """The profile named by `--set profile=...`; `adapter` is that of the device which the option `device` describes."""
-    name = options.pop("profile", default.name)
+    """The profile named by `--set profile=...`; `adapter` is that of the device which the option `device` describes, and what
+    that option is for."""
+    name = options.pop("profile", ADAPTER if "device" in options else default.name)
     if name == ADAPTER and "device" in options:
         return adapter(options.pop("device"))
     if name not in PROFILES:
@@ -36,6 +37,8 @@ def profile(options: dict[str, str], default: Caps) -> Caps:
     return PROFILES[name]
 
 
-TARGETS = (Target("wgsl", choose, emit, lambda plan, files, caps, strict: target_record(plan, caps), print_kernel, ("profile", "device", "dtype"), live=ADAPTER),)
+TARGETS = (
+    Target("wgsl", choose, emit, lambda plan, files, caps, strict: target_record(plan, caps), print_kernel, ("profile", "device", "dtype"), live=ADAPTER),
+)
 
 __all__ = ["PROFILES", "TARGETS", "emit", "print_kernel", "target_record"]
