@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinygpt.captures import complete
 from tinygpt.config import ModelConfig
 from tinygpt.ir.core import Function, Module, Region
 from tinygpt.ir.errors import CompilerBug, UserError
@@ -554,6 +555,13 @@ def test_dropout_matches_eager_with_our_masks_replayed(kind: str, monkeypatch: p
     for name, p in model.named_parameters():
         (expected,) = torch.autograd.grad(loss, p, retain_graph=True)
         assert np.allclose(found[f"grad:{name}"], expected.numpy(), atol=1e-5), name
+
+
+def test_a_module_that_drops_out_is_no_way_to_evaluate() -> None:
+    module = capture(GPT(dropout=0.3), example_batch(), check=False)
+    with pytest.raises(UserError, match=r"captured in training mode.*\n.*eval\(\)"):
+        complete(module)
+
 
 
 def test_dropout_needs_no_key_in_evaluation_mode() -> None:

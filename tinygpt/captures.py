@@ -59,7 +59,8 @@ def capture_config(
 
 
 def complete(module: Module, training: TrainingDefaults = TRAINING_DEFAULTS) -> Module:
-    """A module that `tinygpt.capture` made, with everything a bundle needs. Raises UserError if it computes no loss.
+    """A module that `tinygpt.capture` made, with everything a bundle needs. Raises UserError if it computes no loss, or was
+    captured in training mode and drops anything out.
 
     Its shapes are those it was captured at; its logits are computed for a whole batch and the first row is kept."""
     if "logits" in module.functions and "training" in module.attrs:
@@ -70,13 +71,14 @@ def complete(module: Module, training: TrainingDefaults = TRAINING_DEFAULTS) -> 
             f"module {module.name} has no function loss(tokens, targets)",
             hint="capture it with tg.capture(model, (tokens, targets))",
         )
+    if len(loss.params) > 2:
+        raise UserError(
+            f"module {module.name} was captured in training mode with dropout, which is no way to evaluate or to generate",
+            hint="call eval() on the model before tg.capture; a model from a config trains with its dropout",
+        )
     batch, context = loss.params[0].type.shape
     training = replace(training, batch_size=batch)
-    functions = {"loss": with_row_losses(loss)}
-    if len(loss.params) == 2:
-        functions["logits"] = _first_row(_logits(loss), batch)
-    else:  # captured in training mode: what drops out is no way to evaluate or to generate
-        functions["training_loss"] = _only(loss, "loss", name="training_loss")
+    functions = {"loss": with_row_losses(loss), "logits": _first_row(_logits(loss), batch)}
     return replace(module, functions=functions, attrs={**module.attrs, **_attrs(None, batch, context, training)})
 
 

@@ -105,8 +105,11 @@ def _devices(args: Namespace) -> int:
     for name, device in targets().items():
         caps = device.choose(dict(device.local))
         runs = "runs here" if name in engines else "compiles here, runs elsewhere"
-        lanes = [f"{caps.lanes} lanes", "FMA" if caps.fma else "no FMA"] if caps.strategy == "cpu" else []
-        out.print(f"target     {name:7} {runs}; profile {caps.name}: {', '.join([*lanes, *sorted(caps.features)])}")
+        if caps.strategy == "cpu":
+            has = [f"{caps.lanes} lanes", "FMA" if caps.fma else "no FMA"]
+        else:
+            has = [f"{caps.bindings} bindings", f"{caps.workgroup_bytes >> 10} KiB of workgroup memory"]
+        out.print(f"target     {name:7} {runs}; profile {caps.name}: {', '.join([*has, *sorted(caps.features)])}")
     for adapter in _adapters():
         out.print(f"gpu        {adapter}")
     return 0
