@@ -15,7 +15,7 @@ from tests.test_docs import ROOT, tool
 from tests.wgsl_device import device
 
 
-def test_the_curve_is_webgpu_beside_webassembly_on_the_best_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curve_is_webgpu_beside_webassembly_on_the_better_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device()
     require_engine("wasm32")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
@@ -24,11 +24,11 @@ def test_the_curve_is_webgpu_beside_webassembly_on_the_best_number_of_threads(tm
     monkeypatch.setattr(measure.os, "sched_getaffinity", lambda _: range(3))
     (tmp_path / "mini.json").write_text(json.dumps(CONFIG))
     preset = str(tmp_path / "mini.json")
-    first, text = measure.curve(argparse.Namespace(presets=[preset, preset], rounds=1))
+    first, text = measure.curve(argparse.Namespace(presets=[preset, preset], rounds=1, profile="webgpu-default"))
     assert first.count("| mini |") == 1 and text.count("| mini |") == 2
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [(row["target"], row["threads"]) for row in rows[1:3]] == [("wasm32", 2), ("wasm32", 3)]
-    assert "wasmtime, on the best of 2, 3 threads; 3 cores" in text
+    assert "wasmtime, on the better of 2 and 3 threads; WebGPU: profile `webgpu-default`; 3 cores" in text
     best = min(rows[1:3], key=lambda row: row["ms"])
     found = re.search(r"\| mini \| ([\d.]+) \| ([\d.]+) \| (\d) \| ([\d.]+)× \|", first)
     assert found is not None

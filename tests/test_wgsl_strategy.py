@@ -104,9 +104,9 @@ def test_threads_that_hand_over_a_result_write_to_different_banks(number: int, c
         assert len({word // lanes % together for word in words}) == together, str(at)
 
 
-@pytest.mark.parametrize("width", [4, 33, 64, 65, 68, 80, 96, 97, 128, 132, 164, 192, 256, 384, 512])
+@pytest.mark.parametrize("width", [4, 33, 64, 68, 96, 97, 128, 132, 192, 256, 512])
 def test_attention_of_any_width_fits_the_memory_of_every_device(width: int) -> None:
-    for context in (1, 16, 63, 64, 65, 128, 130, 256, 257, 513):
+    for context in (1, 63, 64, 128, 130, 257):
         for kernel in attention_kernels([f32(1, 1, context, width)] * 3):
             lower(kernel, DEFAULT)
 
