@@ -64,9 +64,9 @@ def named(names: str) -> Axes:
 class GraphOp:
     """One op over whole tensors. `infer`, `evaluate` and `gradient` are its meaning; `tiles` its tile program."""
 
-    name: ClassVar[str]
-    aten: ClassVar[tuple[str, ...]] = ()
-    kind: ClassVar[str] = "root"  # pointwise, view, rows (row programs that fuse with each other) or root
+    name: str
+    aten: tuple[str, ...] = ()
+    kind: ClassVar[str] = "root"  # pointwise, view, rows and columns (programs that fuse with each other) or root
     pattern: ClassVar[str] = ""  # the shape of its tile program, which schedules are chosen by
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -130,6 +130,17 @@ class RowOp(GraphOp):
         raise CompilerBug(f"{self.name} has no row program")
 
 
+class ColumnOp(GraphOp):
+    """An op whose results at a column are sums over the rows of its operands."""
+
+    kind = "columns"
+    pattern = "columns"
+
+    def column(self, k: TileBuilder, op: Op, i: Dim, j: Dim, read: Readers) -> Value:
+        """What a block of rows adds to the columns j."""
+        raise CompilerBug(f"{self.name} has no column program")
+
+
 OPS: dict[str, GraphOp] = {}
 
 
@@ -147,7 +158,7 @@ class Pointwise(GraphOp):
     kind = "pointwise"
 
     def __init__(self, name: str, formula: Callable[..., scalar.Scalar], dtypes: tuple[str, ...], doc: str, differentiable: bool) -> None:
-        self.name = name  # type: ignore[misc]
+        self.name = name
         self.formula, self.dtypes, self.differentiable = formula, dtypes, differentiable
         self.__doc__ = doc
 
@@ -221,7 +232,7 @@ def pointwise(
     def registered(formula: Callable[..., scalar.Scalar]) -> Callable[..., scalar.Scalar]:
         name = formula.__name__.removesuffix("_")
         op = Pointwise(name, formula, dtypes or ("f32",) * arity, formula.__doc__ or "", differentiable)
-        op.aten = aten  # type: ignore[misc]
+        op.aten = aten
         OPS[name] = op
         for position in range(arity if differentiable else 0):
             OPS[f"{name}_d{position}"] = _derivative_op(op, position)

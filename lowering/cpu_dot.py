@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tinygpt.ir.core import Op, Value
 from tinygpt.ir.index import Index, ceil_div
@@ -267,7 +268,7 @@ class DotLowering(SegmentLowering):
 
             def all_spans(n: Index, vectors: int, is_whole: bool) -> None:
                 for span in spans:
-                    stretches(span, lambda k, trips, span=span: panel(n, vectors, is_whole, span, k, trips, left))  # type: ignore[misc]
+                    stretches(span, partial(panel, n, vectors, is_whole, span, left=left))
 
             panels(all_spans)
             return

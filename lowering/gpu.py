@@ -69,7 +69,7 @@ class GpuLowering(DotLowering):
         if self.caps.workgroup_bytes and size > self.caps.workgroup_bytes:
             raise refusal(
                 self.kernel, f"needs {size:,} bytes of workgroup memory, {self.caps.name} has {self.caps.workgroup_bytes:,}",
-                "take narrower heads or a profile with more workgroup memory; who changes the compiler: smaller tiles in its schedule",
+                "take more, narrower heads, or --set profile=adapter on a device with more of it",
             )  # fmt: skip
         params = tuple(self.buffers[v] for v in self.kernel.params)
         extents = tuple(v.type.size for v in self.kernel.params)

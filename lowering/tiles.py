@@ -14,7 +14,7 @@ from tinygpt.ir.caps import Caps
 from tinygpt.ir.core import Function, Kernel, Module, Op, Region, Value
 from tinygpt.ir.errors import CompilerBug
 from tinygpt.ir.index import Index, ceil_div
-from tinygpt.ir.ops import OPS, RowOp
+from tinygpt.ir.ops import OPS, ColumnOp, RowOp
 from tinygpt.ir.ops.movement import ViewOp
 from tinygpt.ir.storage import Strided
 from tinygpt.ir.tile import Position, Reader, TileBuilder, Writer, stored_reader, stored_writer, transposed
@@ -452,15 +452,15 @@ class GroupTiler:
         part = [self.k.grid(self.parts)] if self.parts > 1 else []
         first = sum((p * extent for p in part), Index.of(0))
         j = self.k.dim("j", self.k.grid(ceil_div(columns, block_columns)) * block_columns, block_columns, columns)
-        sums = [op for op in self.region.ops if OPS[op.name].kind == "columns"]
+        sums = [(op, definition) for op in self.region.ops if isinstance(definition := OPS[op.name], ColumnOp)]
 
         def body(n: Index, *totals: Value) -> list[Value]:
             i = self.k.dim("i", first + n * block_rows, block_rows, rows)
-            found = [OPS[op.name].column(self.k, op, i, j, [self.reader(v) for v in op.operands]) for op in sums]  # type: ignore[attr-defined]
+            found = [definition.column(self.k, op, i, j, [self.reader(v) for v in op.operands]) for op, definition in sums]
             return [self.k.add(t, p) for t, p in zip(totals, found, strict=True)]
 
         totals = self.k.loop(0, ceil_div(extent, block_rows), [self.k.fill(0.0, None, j) for _ in sums], body)
-        for op, total in zip(sums, totals, strict=True):
+        for (op, _), total in zip(sums, totals, strict=True):
             self.writers[op.result](total, *part, j, cols=j)
 
 

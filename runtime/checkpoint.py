@@ -122,7 +122,8 @@ def load(path: str | Path) -> Checkpoint:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _require_format(path, metadata)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names = file.keys()  # it is no mapping
+            arrays = {name: file.get_tensor(name) for name in names}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"checkpoint {path}: is truncated or not a safetensors file: {error}", hint=_ANOTHER) from error
     settings = metadata.get("settings", "")

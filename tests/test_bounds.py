@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -39,7 +40,7 @@ def f32(*shape: int) -> TensorType:
     ],
     ids=["odd product", "product in parts", "odd attention", "column sums", "long rows", "rows between numbers from memory", "counts"],
 )
-def test_every_access_of_a_kernel_is_proved_and_none_of_one_over_less_memory(kernel) -> None:  # type: ignore[no-untyped-def]
+def test_every_access_of_a_kernel_is_proved_and_none_of_one_over_less_memory(kernel: Callable[[], Kernel]) -> None:
     proved = kernel()
     assert unproved_accesses(proved) == []
     for number, size in enumerate(proved.cost["extents"]):

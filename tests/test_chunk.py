@@ -82,9 +82,8 @@ def test_an_op_in_stretches_of_an_index_range_is_the_whole_op(name: str, example
     whole = OPS[name].evaluate(arrays, example.attrs)
     for stretch, end in ranges_of([*example.types, *types], [*operand_axes, *result_axes]).items():
         own = [next((i for i, a in enumerate(axes) if a and a.range == stretch), None) for axes in result_axes]
-        starts = [axes[i].first for axes, i in zip(result_axes, own, strict=True) if i is not None]  # type: ignore[union-attr]
-        ends = [axes[i].first + t.shape[i] for axes, t, i in zip(result_axes, types, own, strict=True) if i is not None]  # type: ignore[union-attr]
-        first, last = max(starts, default=0), min(ends, default=end)
+        spans = [(a.first, a.first + n) for axes, t in zip(result_axes, types, strict=True) for a, n in zip(axes, t.shape, strict=True) if a and a.range == stretch]
+        first, last = max((a for a, _ in spans), default=0), min((b for _, b in spans), default=end)
         bounds = sorted({first, first + (last - first) // 3, first + 2 * (last - first) // 3, last})
         parts = [computed(name, example, arrays, stretch, box) for box in pairwise(bounds)]
         for r, axis in enumerate(own):

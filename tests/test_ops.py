@@ -20,7 +20,7 @@ from tinygpt.ir.index import Index, ceil_div
 from tinygpt.ir.interpret import run_region
 from tinygpt.ir.interpret_tile import run_kernel, unwritten
 from tinygpt.ir.ops import OPS, Example, GraphBuilder, GraphOp, Pointwise
-from tinygpt.ir.registry import RowOp, dtype_name, sample_operands
+from tinygpt.ir.registry import ColumnOp, RowOp, dtype_name, sample_operands
 from tinygpt.ir.storage import Strided
 from tinygpt.ir.tile import Position, TileBuilder, stored_reader, stored_writer, transposed
 from tinygpt.ir.types import NUMPY_DTYPES, TensorType
@@ -274,11 +274,12 @@ def own_program(name: str, example: Example, tile: Sequence[int]) -> Kernel:
 def row_program(name: str, example: Example, rows: int) -> Kernel:
     """A row op on its own: a grid over leading axes and blocks of rows."""
     p = Program(name, example, {"rows": rows})
-    space = p.op.space(p.node)  # type: ignore[attr-defined]
+    assert isinstance(p.op, RowOp)
+    space = p.op.space(p.node)
     lead: list[Position] = [p.k.grid(n) for n in space[:-2]]
     i = p.blocks(space[-2:-1], [rows])[0] if len(space) > 1 else None
     lead += [i] if i is not None else []
-    tiles = p.op.rows(p.k, p.node, lead, i, p.read)  # type: ignore[attr-defined]
+    tiles = p.op.rows(p.k, p.node, lead, i, p.read)
     for tile, write, type in zip(tiles, p.write, p.types, strict=True):
         c = p.k.axis("c", type.shape[-1]) if type.rank > len(lead) else None
         write(tile, *lead, *([c] if c else []), rows=i, cols=c)
@@ -295,7 +296,8 @@ def column_program(name: str, example: Example, tile: Sequence[int]) -> Kernel:
     part = [p.k.grid(parts)] if parts > 1 else []
     first = sum((n * extent for n in part), Index.of(0))
     (j,) = p.blocks([columns], tile[1:])
-    column = p.op.column  # type: ignore[attr-defined]
+    assert isinstance(p.op, ColumnOp)
+    column = p.op.column
 
     def body(n: Index, total: Value) -> list[Value]:
         return [p.k.add(total, column(p.k, p.node, p.k.dim("i", first + n * block, block, rows), j, p.read))]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def products(torch: Any) -> Iterator[dict[str, Any]]:
                 a, b = (torch.randn(*s, device="cuda") for s in ((rows, inner), (inner, columns)))
                 left = a.T.contiguous().T if form == "x.T @ y" else a
                 right = b.T.contiguous().T if form == "x @ w.T" else b
-                row["rival"] = rival(lambda left=left, right=right: left @ right)  # type: ignore[misc]
+                row["rival"] = rival(partial(operator.matmul, left, right))
             yield row
 
 

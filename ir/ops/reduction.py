@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 
 from tinygpt.ir.core import Op, Value
-from tinygpt.ir.registry import Attrs, Axes, Axis, Example, GraphBuilder, GraphOp, RowOp, named, register
+from tinygpt.ir.registry import Attrs, Axes, Axis, ColumnOp, Example, GraphBuilder, GraphOp, RowOp, named, register
 from tinygpt.ir.tile import Position, Readers, TileBuilder
 from tinygpt.ir.types import Dim, TensorType
 
@@ -112,12 +112,10 @@ class SumParts(RowOp):
 
 
 @register
-class SumColumns(GraphOp):
+class SumColumns(ColumnOp):
     """Sum of each column: [M, C] -> [C]; with `parts` [parts, C], the sums of that many equal stretches of rows."""
 
     name = "sum_columns"
-    kind = "columns"
-    pattern = "columns"
 
     def infer(self, types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         if types[0].rank != 2:
@@ -147,7 +145,6 @@ class SumColumns(GraphOp):
         return ([named("r c")], [named("c")]) if attrs.get("parts", 1) == 1 else ([named("_ c")], [named("_ c")])
 
     def column(self, k: TileBuilder, op: Op, i: Dim, j: Dim, read: Readers) -> Value:
-        """What a block of rows adds to the columns j."""
         return k.reduce("sum", read[0](i, j, rows=i, cols=j), 0)
 
     def examples(self) -> Sequence[Example]:

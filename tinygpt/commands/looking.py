@@ -13,7 +13,7 @@ from dataclasses import fields
 
 from tinygpt.commands import Command
 from tinygpt.commands.options import add_shape, add_target, chosen, console, show, table
-from tinygpt.inspection import LEVELS
+from tinygpt.inspection import LEVELS, Inspector
 
 
 def _model_arguments(parser: ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def _ir(args: Namespace) -> int:
     return 0
 
 
-def _inspected(args: Namespace):  # type: ignore[no-untyped-def]
+def _inspected(args: Namespace) -> Inspector:
     from tinygpt.inspection import inspect
 
     choice = chosen(args, args.config)
